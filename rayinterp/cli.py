@@ -1,0 +1,183 @@
+"""`rayinterp`: arguments in, one call out. Draws progress; everything else is in the library."""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from rayinterp.config import RunConfig, load_config
+from rayinterp.errors import UserError
+from rayinterp.tables import Tables
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+console = Console()
+
+DEMO_CONFIG = "configs/demo.yaml"
+
+ConfigPath = Annotated[str, typer.Argument(help="YAML file, e.g. configs/demo.yaml", metavar="CONFIG")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value ...", metavar="[KEY=VALUE]...")]
+
+
+def run_stages(config_path: str, overrides: list[str] | None, stages: tuple[str, ...]) -> None:
+    """Runs stages in order under a progress display, then says where everything lies and what to type next."""
+    # Ray and torch take seconds to import: a bad config should not wait for them.
+    config = load_config(config_path, overrides)
+    warnings.filterwarnings("ignore", message="lance is not fork-safe")
+    from rayinterp.run import connected, open_run, run_stage
+
+    start = time.monotonic()
+    with console.status("checking the config against this machine"):
+        run = open_run(config)
+    with ExitStack() as stack:
+        with console.status("starting Ray"):
+            stack.enter_context(connected(config))
+        progress = stack.enter_context(_progress())
+        for stage in stages:
+            bar = progress.add_task(stage, total=None, counts="")
+
+            def advance(done: int, total: int, bar: TaskID = bar) -> None:
+                progress.update(bar, completed=done, total=total)
+
+            counts = run_stage(run, stage, advance)
+            said = "  ".join(f"{number:,} {name}" for name, number in counts.items() if number)
+            total = progress.tasks[bar].total or 1
+            progress.update(bar, total=total, completed=total, counts=said)
+    _say_where(config, config_path, overrides, time.monotonic() - start)
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description:>8}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[counts]}"),
+        console=console,
+    )
+
+
+def _say_where(config: RunConfig, config_path: str, overrides: list[str] | None, seconds: float) -> None:
+    arguments = " ".join([config_path, *(overrides or [])])
+    root = config.run_dir.rstrip("/")
+    console.print(f"\nDone in {seconds:.0f} s. Tables, run.yaml and manifest.json are in [bold]{root}[/bold].")
+    if Tables(root).exists("features"):
+        keys = Tables(root).read("features", ["feature_key"], "status = 'live'")["feature_key"].to_pylist()
+        if keys:
+            console.print(f"One feature in the terminal:  rayinterp show {arguments} --feature {keys[0]}")
+    if Path(root, "report.html").exists():
+        console.print(f"The report, for a browser:    [bold]{Path(root, 'report.html').resolve()}[/bold]")
+    else:
+        console.print(f"The rest of the run:          rayinterp run {arguments}")
+
+
+@app.command("run")
+def run_command(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Run every stage; what is finished is not done again."""
+    from rayinterp.run import STAGES
+
+    run_stages(config, overrides, STAGES)
+
+
+@app.command()
+def demo(overrides: Overrides = None) -> None:
+    """Run configs/demo.yaml: a real model, SAEs and text from installed packages."""
+    run_command(DEMO_CONFIG, overrides)
+
+
+@app.command()
+def show(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    feature: Annotated[str, typer.Option(help="sae/index, e.g. layer_9/47")] = ...,  # type: ignore[assignment]
+) -> None:
+    """Show one feature: explanations, scores, and its records shaded by activation."""
+    from rayinterp.show import show_feature
+
+    run_config = load_config(config, overrides)
+    show_feature(Tables(run_config.run_dir), run_config, feature, console)
+
+
+@app.command()
+def corpus(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Cut the corpus into token sequences."""
+    run_stages(config, overrides, ("corpus",))
+
+
+@app.command()
+def harvest(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Harvest feature activations of every sequence."""
+    run_stages(config, overrides, ("harvest",))
+
+
+@app.command()
+def index(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Embed every sequence."""
+    run_stages(config, overrides, ("index",))
+
+
+@app.command()
+def records(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Choose each feature's records."""
+    run_stages(config, overrides, ("records",))
+
+
+@app.command()
+def explain(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Propose and search explanations."""
+    run_stages(config, overrides, ("explain",))
+
+
+@app.command()
+def score(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Grade explanations and their controls on test records."""
+    run_stages(config, overrides, ("score",))
+
+
+@app.command()
+def report(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Write the HTML report."""
+    run_stages(config, overrides, ("report",))
+
+
+@contextmanager
+def _readable_errors() -> Iterator[None]:
+    """The user's own mistakes are one message; ours keep their traceback."""
+    try:
+        yield
+    except UserError as error:
+        stderr = Console(stderr=True)
+        stderr.print("error: ", style="bold red", end="")
+        stderr.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+def main() -> None:
+    """The `rayinterp` command."""
+    with _readable_errors():
+        app(standalone_mode=True)
+
+
+def main_job(stages: tuple[str, ...]) -> None:
+    """What `jobs/*.py` run: config path and overrides from the command line."""
+    with _readable_errors():
+        if len(sys.argv) < 2:
+            raise UserError(f"give a config: python {sys.argv[0]} configs/demo.yaml [key=value ...]")
+        run_stages(sys.argv[1], sys.argv[2:], stages)

@@ -1,0 +1,461 @@
+"""What a run is: one frozen model per stage, read from YAML with `key.path=value` overrides.
+
+The sections `seed` and `subject` to `records` are *upstream*: every explainer and simulator shares the tables that
+they give, so they are fixed once a run directory holds tables (`freeze`). Explainers, simulators and LLMs are named
+arms; `arm_id` names an arm in the tables by its name and a hash of its content. `resources` says how a stage is
+spread over machines and never changes what it computes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from rayinterp.errors import UserError
+
+Split = Literal["train", "valid", "test"]
+Source = Literal["random", "random_negative", "similar", "similar_negative"]
+Dtype = Literal["auto", "float32", "bfloat16"]
+Calibration = Literal["none", "difference", "ratio"]
+
+UPSTREAM = ("seed", "subject", "corpus", "harvest", "index", "records")
+"""Sections that are fixed per run directory."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+class FeatureRange(_Section):
+    start: int = Field(ge=0)
+    """First feature."""
+    stop: int = Field(gt=0)
+    """One past the last feature."""
+
+
+class SaeConfig(_Section):
+    """SAEs of one release or one folder, one per layer."""
+
+    release: str | None = None
+    """sae-lens release, e.g. `gemma-scope-9b-pt-res-canonical`; leave out for local folders."""
+    sae_id: str
+    """Id within the release, or a folder; `{layer}` stands for the layer's number."""
+    layers: Literal["all", "even", "odd"] | list[int]
+    """Layers of the subject model to harvest."""
+    name: str = "layer_{layer}"
+    """The SAE's name in feature ids."""
+
+
+class SubjectConfig(_Section):
+    model: str
+    """Hugging Face name or local folder of the subject model; `embedded/...` and `planted` need no network."""
+    revision: str | None = None
+    """Commit of the model, so that a run can be repeated."""
+    dtype: Dtype = "auto"
+    """Precision of the model; auto takes bfloat16 where the hardware has it."""
+    device: str = "auto"
+    """cuda, cpu, or auto."""
+    saes: SaeConfig
+    """The SAEs."""
+    features: Literal["all"] | int | list[int] | FeatureRange = 16
+    """Features per SAE: a number draws a seeded sample; or a list, a range, or all."""
+    prepend_bos: Literal["auto"] | bool = "auto"
+    """Put BOS in front of every sequence; auto asks the SAE's metadata. BOS never counts as an activation."""
+    max_variance_unexplained: float = Field(0.5, gt=0)
+    """Harvest stops above this share on its first batch: the wrong hook point, model or normalisation."""
+
+
+class CorpusConfig(_Section):
+    dataset: str
+    """Hugging Face dataset, a local file or folder (jsonl, jsonl.zst, jsonl.gz, parquet, txt), `embedded`, `planted`."""
+    files: str | None = None
+    """Glob of input files within the dataset, e.g. `train/*.jsonl.zst`; by default all that can be read."""
+    text_field: str = "text"
+    """Where a document's text is; dots go into nested fields."""
+    subset_field: str = "meta.pile_set_name"
+    """Where the name of the document's subset is."""
+    sequence_length: int = Field(32, ge=8, le=2048)
+    """Text tokens per sequence, BOS not counted."""
+    num_sequences: int = Field(100_000, gt=0)
+    """Sequences in all, shared evenly between the input files."""
+    max_sequences_per_document: int = Field(16, gt=0)
+    """So that no long document dominates."""
+    ascii_only: bool = True
+    """Skip windows with characters beyond ASCII, as the reference does."""
+    splits: tuple[float, float, float] = (0.4, 0.3, 0.3)
+    """Shares of train, valid and test documents."""
+    shard_size: int = Field(1024, gt=0)
+    """Sequences per shard: the unit of work and of resumption."""
+
+    @model_validator(mode="after")
+    def _splits_add_up(self) -> CorpusConfig:
+        if min(self.splits) <= 0 or abs(sum(self.splits) - 1) > 1e-6:
+            raise ValueError(f"splits is {list(self.splits)}; give three shares above 0 that add up to 1")
+        return self
+
+
+class HarvestConfig(_Section):
+    batch_size: int = Field(64, gt=0)
+    """Sequences per forward pass; a batch never crosses a shard, so results do not depend on the workers."""
+    min_sequences: int = Field(20, gt=0)
+    """A feature active in fewer train sequences is `too_few`."""
+    max_density: float = Field(0.2, gt=0, le=1)
+    """A feature active at a larger share of all tokens is `dense`."""
+    num_top: int = Field(100, gt=0)
+    """Top sequences kept per feature."""
+
+
+class IndexConfig(_Section):
+    embedder: str = "sentence-transformers/all-mpnet-base-v2"
+    """Sentence encoder: Hugging Face name, folder, or `embedded/minilm-l6`."""
+    batch_size: int = Field(64, gt=0)
+    """Texts per forward pass."""
+    dtype: Literal["float16", "float32"] = "float16"
+    """Storage of the vectors."""
+
+
+class SplitQuota(_Section):
+    positive: int = Field(ge=0)
+    """Records on which the feature is active."""
+    complementary: int = Field(ge=0)
+    """Records of each complementary source."""
+
+
+class RecordsConfig(_Section):
+    positive: Literal["top", "quantile", "mix"] = "mix"
+    """How positives are chosen: highest maxima, spread over the quantiles, or half and half."""
+    complementary: tuple[Source, ...] = ("similar_negative", "random_negative")
+    """Complementary sources, each drawn on its own."""
+    num_query_positives: int = Field(400, gt=0)
+    """Train positives whose mean embedding is the query for similar records."""
+    train: SplitQuota = SplitQuota(positive=10, complementary=10)
+    valid: SplitQuota = SplitQuota(positive=10, complementary=10)
+    test: SplitQuota = SplitQuota(positive=30, complementary=30)
+
+
+class LLMConfig(_Section):
+    """An LLM that writes: an endpoint that speaks the OpenAI protocol, or a model of our own served by Ray."""
+
+    provider: Literal["openai", "local", "scripted"]
+    """openai: any compatible endpoint; local: a Hugging Face model in a Ray Serve replica; scripted: `answers`."""
+    model: str
+    """The endpoint's name for the model, or a Hugging Face name, folder or `embedded/...`."""
+    answers: dict[str, str] = {}
+    """What a scripted LLM answers, by feature id: for tests and dry runs."""
+    base_url: str | None = None
+    """Endpoint; the openai package's default where left out."""
+    api_key_env: str = "OPENAI_API_KEY"
+    """Environment variable that holds the key. Keys are never written to a config."""
+    dtype: Dtype = "auto"
+    """Precision of a local model."""
+    device: str = "auto"
+    """Where a local model runs."""
+    timeout_seconds: float = Field(120, gt=0)
+    """Per request."""
+    max_retries: int = Field(3, ge=0)
+    """Of connection errors, rate limits and 5xx answers; anything else is not retried."""
+    usd_per_million_prompt_tokens: float | None = None
+    """Price; without it the cost is null."""
+    usd_per_million_completion_tokens: float | None = None
+    """Price; without it the cost is null."""
+    max_calls: int | None = None
+    """Calls that one run may make; features beyond it say so in their status."""
+
+
+class LexicalConfig(_Section):
+    """Rules from the tokens that tell active from silent train records: no LLM."""
+
+    method: Literal["lexical"] = "lexical"
+    rule_cap: int = Field(5, ge=1, le=20)
+    """Rules at most."""
+    simulator: str
+    """Simulator arm that scores it on train and valid."""
+
+
+class OneShotConfig(_Section):
+    """One LLM call per feature."""
+
+    method: Literal["one_shot"] = "one_shot"
+    llm: str
+    """LLM that writes."""
+    simulator: str
+    """Simulator arm that scores it on train and valid."""
+    structured: bool = True
+    """Rules with strengths, or one sentence."""
+    rule_cap: int = Field(5, ge=1, le=20)
+    """Rules at most."""
+    num_records_shown: int = Field(10, gt=0)
+    """Train positives in the prompt."""
+    temperature: float = Field(1.2, ge=0)
+    """Sampling temperature."""
+    max_tokens: int = Field(512, gt=0)
+    """Length of an answer."""
+    max_parse_retries: int = Field(1, ge=0)
+    """Further attempts after an answer that does not parse."""
+
+
+class TreeConfig(OneShotConfig):
+    """Tree search: roots, then rounds of revision guided by the simulator."""
+
+    method: Literal["tree"] = "tree"  # type: ignore[assignment]
+    num_llm_roots: int = Field(3, ge=0)
+    """One-shot explanations that the search begins with."""
+    lexical_root: bool = True
+    """Also begin with the lexical explanation."""
+    branching_factor: int = Field(2, gt=0)
+    """Revisions asked for per kept node."""
+    width: int = Field(3, gt=0)
+    """Nodes kept per round."""
+    depth: int = Field(3, ge=0)
+    """Rounds."""
+    stop_score: float = Field(0.9, gt=0, le=1)
+    """A train score that ends the search."""
+    num_worst_records: int = Field(1, gt=0)
+    """Records shown in feedback: those whose removal would raise the score most."""
+    time_limit_seconds: float = Field(1500, gt=0)
+    """Per feature."""
+
+
+ExplainerConfig = Annotated[LexicalConfig | OneShotConfig | TreeConfig, Field(discriminator="method")]
+
+
+class LateInteractionConfig(_Section):
+    """No LLM: each token's contextual vector against the vectors of the rule's words."""
+
+    engine: Literal["late_interaction"] = "late_interaction"
+    embedder: str = "sentence-transformers/all-MiniLM-L6-v2"
+    """Sentence encoder whose token vectors are compared."""
+    batch_size: int = Field(64, gt=0)
+    """Sequences per forward pass."""
+    num_features: int | None = None
+    """Features per SAE that the score stage grades with it; null for all."""
+
+
+class TransformersSimulatorConfig(_Section):
+    """An LLM that reads the rule and rates every token; predictions come from its digit logits."""
+
+    engine: Literal["transformers"] = "transformers"
+    model: str
+    """Any Hugging Face causal LM, or `embedded/...`."""
+    revision: str | None = None
+    """Commit of the model."""
+    dtype: Dtype = "auto"
+    """Precision."""
+    device: str = "auto"
+    """cuda, cpu, or auto."""
+    quantization: Literal["none", "8bit", "4bit"] = "none"
+    """bitsandbytes quantization."""
+    calibration: Calibration = "difference"
+    """What the simulator believes before it reads the rule is taken off this way."""
+    num_few_shots: int = Field(3, ge=1)
+    """Worked examples in the header, which every pair shares."""
+    token_budget: int = Field(2048, gt=0)
+    """Tokens packed into one pass."""
+    num_features: int | None = None
+    """Features per SAE that the score stage grades with it; null for all."""
+    max_pairs: int | None = None
+    """(rule, record) pairs that the score stage may spend; features beyond it are not started."""
+
+
+class OracleConfig(_Section):
+    """For the planted subject alone: knows what each planted rule means."""
+
+    engine: Literal["oracle"] = "oracle"
+    num_features: int | None = None
+    """Features per SAE that the score stage grades with it; null for all."""
+
+
+SimulatorConfig = Annotated[
+    LateInteractionConfig | TransformersSimulatorConfig | OracleConfig, Field(discriminator="engine")
+]
+
+
+class ScoreConfig(_Section):
+    simulators: tuple[str, ...]
+    """Simulator arms that grade every explanation on test."""
+    num_bootstrap: int = Field(1000, gt=0)
+    """Resamples behind every interval."""
+    num_shuffled: int = Field(3, ge=0)
+    """Other features whose explanations are graded on a feature as the shuffled control."""
+
+
+class StageResources(_Section):
+    """How one stage is spread over the cluster."""
+
+    num_actors: int = Field(1, gt=0)
+    """Actors or replicas."""
+    num_cpus: float = Field(1, ge=0)
+    """CPUs each."""
+    num_gpus: float = Field(0, ge=0)
+    """GPUs each."""
+
+
+class ResourcesConfig(_Section):
+    address: str | None = None
+    """Ray cluster to join; left out, the one that RAY_ADDRESS names, or a new local one."""
+    corpus: StageResources = StageResources()
+    harvest: StageResources = StageResources()
+    index: StageResources = StageResources()
+    search: StageResources = StageResources(num_cpus=0.1)
+    score: StageResources = StageResources(num_cpus=0.5)
+    simulator: StageResources = StageResources(num_cpus=0.1)
+    llm: StageResources = StageResources(num_cpus=0.1)
+    searches_per_actor: int = Field(8, gt=0)
+    """Features that one search actor works on at the same time."""
+
+
+class RunConfig(_Section):
+    name: str = Field(min_length=1)
+    """Shown in the report."""
+    run_dir: str
+    """Where the tables, run.yaml, manifest.json and the report go: a path, `s3://...` or `gs://...`."""
+    seed: int = 0
+    """All chance of a run comes from here."""
+    subject: SubjectConfig
+    corpus: CorpusConfig
+    harvest: HarvestConfig = HarvestConfig()
+    index: IndexConfig = IndexConfig()
+    records: RecordsConfig = RecordsConfig()
+    llms: dict[str, LLMConfig] = {}
+    """LLM arms by name."""
+    simulators: dict[str, SimulatorConfig]
+    """Simulator arms by name."""
+    explainers: dict[str, ExplainerConfig]
+    """Explainer arms by name."""
+    score: ScoreConfig
+    resources: ResourcesConfig = ResourcesConfig()
+
+    @model_validator(mode="after")
+    def _arms_exist(self) -> RunConfig:
+        for name, explainer in self.explainers.items():
+            _must_exist(f"explainers.{name}.simulator", explainer.simulator, self.simulators)
+            if isinstance(explainer, OneShotConfig):
+                _must_exist(f"explainers.{name}.llm", explainer.llm, self.llms)
+        for simulator in self.score.simulators:
+            _must_exist("score.simulators", simulator, self.simulators)
+        return self
+
+
+def _must_exist(field: str, name: str, arms: dict[str, Any]) -> None:
+    if name not in arms:
+        raise ValueError(f"{field} is {name!r}, which is not defined; defined are: {', '.join(arms) or 'none'}")
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """Reads a YAML file, applies `key.path=value` overrides (values are YAML) and checks the whole.
+
+    Raises:
+        UserError: names the field, the value it got and what would be right.
+    """
+    try:
+        data = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError:
+        raise UserError(f"config file {str(path)!r} does not exist") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"config file {str(path)!r} is not valid YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"config file {str(path)!r} holds no sections; start from configs/demo.yaml")
+    for override in overrides or []:
+        _apply_override(data, override)
+    return parse_config(data, str(path))
+
+
+def parse_config(data: dict[str, Any], origin: str = "config") -> RunConfig:
+    """Checks a config given as plain data.
+
+    Raises:
+        UserError: one line per wrong field.
+    """
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        lines = [_explain(problem, data) for problem in error.errors()]
+        raise UserError(f"{origin}:\n" + "\n".join(f"  {line}" for line in lines)) from None
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    path, sign, value = override.partition("=")
+    if not sign:
+        raise UserError(f"override {override!r} has no '='; write key.path=value, e.g. corpus.num_sequences=5000")
+    *parents, last = path.split(".")
+    node = data
+    for key in parents:
+        node = node.setdefault(key, {})
+        if not isinstance(node, dict):
+            raise UserError(f"override {override!r}: {key!r} is not a section")
+    node[last] = yaml.safe_load(value)
+
+
+def _explain(problem: Any, data: dict[str, Any]) -> str:
+    """One validation error as `field: what, got what, what to do`."""
+    location = [str(part) for part in problem["loc"]]
+    field = ".".join(part for part in location if not part.startswith("function-"))
+    if problem["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(location[-1], _known_keys(problem["loc"]), n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else f"; known are: {', '.join(_known_keys(problem['loc']))}"
+        return f"{field}: unknown key{hint}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] in ("value_error", "missing"):
+        return f"{field}: {message}" if field else message
+    return f"{field}: {message}, got {problem['input']!r}"
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    """Field names of the section that `location` lies in, found by walking the models."""
+    models: list[type[BaseModel]] = [RunConfig]
+    for part in location[:-1]:
+        stepped = [m for model in models for m in _models_in(_annotation(model, part))]
+        models = stepped or models
+        tagged = [m for m in models if str(part) in _tags(m)]
+        models = tagged or models
+    return sorted({name for model in models for name in model.model_fields})
+
+
+def _annotation(model: type[BaseModel], part: int | str) -> Any:
+    field = model.model_fields.get(str(part))
+    return field.annotation if field else None
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for inner in getattr(annotation, "__args__", ()) for model in _models_in(inner)]
+
+
+def _tags(model: type[BaseModel]) -> set[str]:
+    """Values of the discriminator by which pydantic names this model in an error's location."""
+    return {str(model.model_fields[key].default) for key in ("engine", "method") if key in model.model_fields}
+
+
+def arm_id(name: str, arm: BaseModel, *context: Any) -> str:
+    """`name@hash`: the arm's name and a hash of its content and of what else its results depend on."""
+    content = json.dumps([arm.model_dump(mode="json"), *context], sort_keys=True)
+    return f"{name}@{hashlib.sha256(content.encode()).hexdigest()[:8]}"
+
+
+def to_yaml(config: RunConfig) -> str:
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def differing_fields(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Upstream fields whose values differ, as `path: old -> new`."""
+    flat_old, flat_new = (
+        {path: value for key in UPSTREAM for path, value in _flatten(key, data.get(key))} for data in (old, new)
+    )
+    return [
+        f"{path}: {flat_old.get(path)!r} -> {flat_new.get(path)!r}"
+        for path in dict.fromkeys([*flat_old, *flat_new])
+        if flat_old.get(path) != flat_new.get(path)
+    ]
+
+
+def _flatten(path: str, value: Any) -> list[tuple[str, Any]]:
+    if isinstance(value, dict):
+        return [leaf for key, inner in value.items() for leaf in _flatten(f"{path}.{key}", inner)]
+    return [(path, value)]

@@ -1,0 +1,84 @@
+"""An LLM of our own: any Hugging Face chat model, and the Ray Serve replica that runs it.
+
+The chance of an answer comes from the request's seed alone, so a repeated request gives the same answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rayinterp import embedded
+from rayinterp.config import LLMConfig, StageResources
+from rayinterp.explain.client import Generate, LLMReply, LLMRequest
+from rayinterp.harvest import torch_threads
+from rayinterp.subject import pick_device, pick_dtype
+
+
+class LocalLLM:
+    """Answers one request at a time."""
+
+    def __init__(self, config: LLMConfig) -> None:
+        path = str(embedded.model_path(config.model)) if embedded.is_embedded(config.model) else config.model
+        self._device = pick_device(config.device)
+        self._tokenizer = AutoTokenizer.from_pretrained(path)
+        self._model = AutoModelForCausalLM.from_pretrained(path, dtype=pick_dtype(config.dtype, self._device))
+        self._model.to(self._device).eval().requires_grad_(False)
+
+    def generate(self, request: LLMRequest) -> LLMReply:
+        prompt = self._tokenizer.apply_chat_template(list(request.messages), add_generation_prompt=True, tokenize=False)
+        # The template has put BOS where it belongs.
+        inputs = self._tokenizer(prompt + request.prefill, add_special_tokens=False, return_tensors="pt")
+        inputs = inputs.to(self._device)
+        sampling = {"do_sample": True, "temperature": request.temperature, "top_k": 50, "top_p": 0.95}
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(request.seed)
+            output = self._model.generate(
+                **inputs,
+                max_new_tokens=request.max_tokens,
+                pad_token_id=self._tokenizer.pad_token_id or self._tokenizer.eos_token_id,
+                **(sampling if request.temperature > 0 else {"do_sample": False}),
+            )
+        prompt_tokens = inputs["input_ids"].shape[1]
+        new = output[0, prompt_tokens:]
+        text = request.prefill + self._tokenizer.decode(new, skip_special_tokens=True)
+        finished = len(new) < request.max_tokens
+        return LLMReply(text, "stop" if finished else "length", prompt_tokens, len(new))
+
+
+@serve.deployment
+class LLMReplica:
+    """Runs `LocalLLM` in a thread, so that health checks are answered while it works."""
+
+    def __init__(self, config: LLMConfig, num_replicas: int) -> None:
+        torch.set_num_threads(torch_threads(num_replicas))
+        self._llm = LocalLLM(config)
+        self._thread = ThreadPoolExecutor(1)
+
+    async def generate(self, request: LLMRequest) -> LLMReply:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._llm.generate, request)
+
+
+def deploy_llm(name: str, config: LLMConfig, resources: StageResources) -> DeploymentHandle:
+    """Starts the replicas of one LLM arm as the Serve app `llm-<name>`."""
+    replica = LLMReplica.options(  # type: ignore[attr-defined]
+        num_replicas=resources.num_actors,
+        max_ongoing_requests=64,
+        ray_actor_options={"num_cpus": resources.num_cpus, "num_gpus": resources.num_gpus},
+    )
+    return serve.run(replica.bind(config, resources.num_actors), name=f"llm-{name}", route_prefix=None)
+
+
+def served_client(name: str) -> Generate:
+    """Calls the Serve app of one LLM arm."""
+    handle = serve.get_app_handle(f"llm-{name}")
+
+    async def generate(request: LLMRequest, feature_key: str) -> LLMReply:
+        return LLMReply(*await handle.generate.remote(request))
+
+    return generate

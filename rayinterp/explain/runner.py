@@ -1,0 +1,338 @@
+"""Many searches at once: where explainers, simulators and LLMs meet. Writes `candidates` and `explanations`.
+
+    driver --features--> SearchActor (several features at a time each)
+                             | propose: LLM (Serve replica or endpoint), through the ledger `llm_calls`
+                             | evaluate: simulator replica, a whole candidate per request
+                             v
+                         committer: nodes, then the winner, whose row marks the feature as finished
+
+A feature's arms run one after another, so that equal requests of two arms are paid for once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import ray
+from ray import serve
+
+from rayinterp.config import LexicalConfig, LLMConfig, OneShotConfig, RunConfig, TreeConfig, arm_id
+from rayinterp.explain import explainer
+from rayinterp.explain.client import Ledger, openai_client, scripted_client
+from rayinterp.explain.explainer import Call, Outcome
+from rayinterp.explain.lexical import lexical_explanation
+from rayinterp.explain.local import served_client
+from rayinterp.explain.search import Node, SearchSettings, TreeSearch
+from rayinterp.explanation import Explanation, to_json
+from rayinterp.harvest import Progress
+from rayinterp.records import ActivationRecord, load_records
+from rayinterp.score import evaluate
+from rayinterp.simulate.simulator import RuleRequest
+from rayinterp.subject import FeatureId, interleave
+from rayinterp.tables import Tables, sql_in
+
+SimulateAsync = Callable[[list[RuleRequest]], Awaitable["list[list[np.ndarray]]"]]
+
+
+class Evaluation(NamedTuple):
+    """How an explanation did on the records of the search."""
+
+    train_score: float | None
+    valid_score: float | None
+    feedback: str
+
+
+class Evaluator:
+    """Scores explanations of one feature on train and valid; a rule already simulated is not simulated again."""
+
+    def __init__(self, records: dict[str, list[ActivationRecord]], simulate: SimulateAsync, num_worst: int) -> None:
+        self._records, self._simulate, self._num_worst = records, simulate, num_worst
+        self._sequences = tuple(record.sequence for split in ("train", "valid") for record in records[split])
+        self._simulated: dict[str, list[np.ndarray]] = {}
+
+    async def __call__(self, explanation: Explanation) -> Evaluation:
+        new = [rule.activates_on for rule in explanation if rule.activates_on not in self._simulated]
+        new = list(dict.fromkeys(new))
+        if new:
+            predictions = await self._simulate([RuleRequest(rule, self._sequences) for rule in new])
+            self._simulated.update(zip(new, predictions, strict=True))
+        train, valid = self._records["train"], self._records["valid"]
+        train_score, predicted = evaluate(
+            explanation, train, {rule: p[: len(train)] for rule, p in self._simulated.items()}
+        )
+        valid_score, _ = evaluate(explanation, valid, {rule: p[len(train) :] for rule, p in self._simulated.items()})
+        return Evaluation(train_score, valid_score, explainer.feedback(train_score, train, predicted, self._num_worst))
+
+
+def settings_of(arm: LexicalConfig | OneShotConfig | TreeConfig, has_llm: bool) -> SearchSettings:
+    """Every explainer is a search: one-shot and lexical are searches of a single root."""
+    if isinstance(arm, TreeConfig):
+        if not has_llm:
+            return SearchSettings(0, arm.lexical_root, 1, 1, 0, arm.stop_score)
+        return SearchSettings(
+            arm.num_llm_roots, arm.lexical_root, arm.branching_factor, arm.width, arm.depth, arm.stop_score
+        )
+    lexical = isinstance(arm, LexicalConfig)
+    return SearchSettings(0 if lexical or not has_llm else 1, lexical, 1, 1, 0, 1.0)
+
+
+async def search_feature(
+    arm: LexicalConfig | OneShotConfig | TreeConfig,
+    records: dict[str, list[ActivationRecord]],
+    evaluate: Callable[[Explanation], Awaitable[Evaluation]],
+    propose: Callable[[TreeSearch, Node], Awaitable[Outcome]] | None,
+) -> TreeSearch:
+    """Runs one search to its end.
+
+    Args:
+        propose: Asks the LLM for a root or a revision; None where there is no LLM (or no budget for it).
+    """
+    search = TreeSearch(settings_of(arm, propose is not None))
+    deadline = time.monotonic() + arm.time_limit_seconds if isinstance(arm, TreeConfig) else float("inf")
+
+    async def resolve(node: Node) -> None:
+        if node.kind == "lexical":
+            explanation = lexical_explanation(records["train"], arm.rule_cap)
+            outcome = Outcome(explanation, "ok" if explanation else "nothing_fires", None, 0, 0, 0.0)
+        else:
+            assert propose is not None, "the search asked for an LLM that it was not given"
+            outcome = await propose(search, node)
+        tokens_and_cost = outcome._asdict()
+        if outcome.explanation is None:
+            search.tell(node.node, **tokens_and_cost)
+        elif search.seen(outcome.explanation):
+            search.tell(node.node, **{**tokens_and_cost, "status": "duplicate"})
+        else:
+            evaluation = await evaluate(outcome.explanation)
+            status = "ok" if evaluation.train_score is not None else "undefined"
+            search.tell(node.node, **{**tokens_and_cost, "status": status}, **evaluation._asdict())
+
+    while proposals := search.ask():
+        if time.monotonic() > deadline:
+            search.stop()
+            break
+        # One after another: whether a candidate is a duplicate must not depend on which answer comes first.
+        for proposal in proposals:
+            await resolve(search.nodes[proposal.node])
+    return search
+
+
+def llm_proposer(
+    call: Call,
+    llm: LLMConfig,
+    arm: OneShotConfig,
+    feature: FeatureId,
+    records: list[ActivationRecord],
+    run_seed: int,
+) -> Callable[[TreeSearch, Node], Awaitable[Outcome]]:
+    """Asks an LLM for roots and revisions of one feature's explanation."""
+    begin = explainer.first_messages(records, arm)
+
+    async def propose(search: TreeSearch, node: Node) -> Outcome:
+        messages, root = begin, [n.node for n in search.nodes if n.kind == "llm"]
+        # Roots are numbered among themselves, so that the arms share their answers.
+        name = f"root/{root.index(node.node)}" if node.parent is None else f"node/{node.node}"
+        for ancestor in search.path(node.node)[:-1]:
+            assert ancestor.explanation is not None and ancestor.feedback is not None
+            answer = _as_answer(ancestor.explanation, arm.structured)
+            messages = explainer.continue_messages(messages, answer, ancestor.feedback, arm)
+        seed = f"{run_seed}/{feature}/{name}"
+        return await explainer.ask(call, llm, messages, arm, seed, str(feature))
+
+    return propose
+
+
+def _as_answer(explanation: Explanation, structured: bool) -> str:
+    """An explanation as the LLM itself would have written it, also where it did not (the lexical root)."""
+    return to_json(explanation) if structured else "; ".join(rule.activates_on for rule in explanation)
+
+
+def arm_ids(config: RunConfig, name: str) -> tuple[str, str]:
+    """The explainer's and its simulator's names in the tables; the first covers all that an explanation depends on."""
+    arm = config.explainers[name]
+    simulator = config.simulators[arm.simulator]
+    context = [config.llms[arm.llm].model_dump(exclude=_OPERATIONAL)] if isinstance(arm, OneShotConfig) else []
+    return arm_id(name, arm, *context), arm_id(arm.simulator, simulator)
+
+
+_OPERATIONAL = {"api_key_env", "timeout_seconds", "max_retries", "device"}
+"""Fields of an LLM arm that change how it is reached and not what it says."""
+
+
+def candidate_rows(feature: FeatureId, ids: tuple[str, str], search: TreeSearch) -> list[dict[str, Any]]:
+    return [
+        {
+            "feature_key": str(feature),
+            "explainer": ids[0],
+            "simulator": ids[1],
+            "node": node.node,
+            "parent": node.parent,
+            "depth": node.depth,
+            "kind": node.kind,
+            "explanation": None if node.explanation is None else to_json(node.explanation),
+            "status": node.status,
+            "train_score": node.train_score,
+            "valid_score": node.valid_score,
+            "thought": node.thought,
+            "feedback": None if node.parent is None else search.nodes[node.parent].feedback,
+            "prompt_tokens": node.prompt_tokens,
+            "completion_tokens": node.completion_tokens,
+            "cost_usd": node.cost_usd,
+        }
+        for node in search.nodes
+    ]
+
+
+def explanation_row(
+    feature: FeatureId, ids: tuple[str, str], search: TreeSearch | None, status: str | None = None
+) -> dict[str, Any]:
+    """The winner, or why there is none."""
+    winner = search.winner() if search else None
+    costs = [node.cost_usd for node in search.nodes] if search else [0.0]
+    return {
+        "feature_key": str(feature),
+        "sae": feature.sae,
+        "feature": feature.index,
+        "explainer": ids[0],
+        "simulator": ids[1],
+        "explanation": to_json(winner.explanation) if winner and winner.explanation else None,
+        "train_score": winner.train_score if winner else None,
+        "valid_score": winner.valid_score if winner else None,
+        "num_candidates": len(search.nodes) if search else 0,
+        "status": status or ("ok" if winner else "no_explanation"),
+        "cost_usd": None if any(cost is None for cost in costs) else sum(c for c in costs if c is not None),
+    }
+
+
+class SearchActor:
+    """Runs the searches of several features at a time; all waiting is asynchronous."""
+
+    def __init__(self, config: RunConfig, tables: Tables, committer: Any) -> None:
+        self._config, self._tables, self._committer = config, tables, committer
+        self._clients = {name: make_client(name, llm) for name, llm in config.llms.items() if name in llms_used(config)}
+
+    async def explain(self, feature: FeatureId, arms: list[str], has_llm: bool) -> str:
+        """Runs the named arms for one feature and hands all rows to the committer; returns the feature's key."""
+        records = await asyncio.to_thread(load_records, self._tables, feature, ("train", "valid"))
+        ledgers: dict[str, Ledger] = {}
+        for name in arms:
+            arm, ids = self._config.explainers[name], arm_ids(self._config, name)
+            if not records["train"] or not records["valid"]:
+                await self._commit([], explanation_row(feature, ids, None, "no_records"))
+                continue
+            handle = serve.get_app_handle(f"simulator-{arm.simulator}")
+            evaluator = Evaluator(records, handle.simulate.remote, getattr(arm, "num_worst_records", 1))
+            propose = None
+            if isinstance(arm, OneShotConfig) and has_llm:
+                if arm.llm not in ledgers:
+                    ledgers[arm.llm] = await self._ledger(arm.llm, feature)
+                llm = self._config.llms[arm.llm]
+                propose = llm_proposer(ledgers[arm.llm], llm, arm, feature, records["train"], self._config.seed)
+            search = await search_feature(arm, records, evaluator, propose)
+            no_budget = isinstance(arm, OneShotConfig) and not has_llm and search.winner() is None
+            row = explanation_row(feature, ids, search, "no_budget" if no_budget else None)
+            await self._commit(candidate_rows(feature, ids, search), row)
+        return str(feature)
+
+    async def _ledger(self, llm: str, feature: FeatureId) -> Ledger:
+        rows = await asyncio.to_thread(self._tables.read, "llm_calls", None, f"feature_key = '{feature}'")
+
+        async def write(row: dict[str, Any]) -> None:
+            await self._committer.add.remote({"llm_calls": [row]})
+
+        return Ledger(self._clients[llm], self._config.llms[llm], rows.to_pylist(), write)
+
+    async def _commit(self, candidates: list[dict[str, Any]], explanation: dict[str, Any]) -> None:
+        await self._committer.add.remote({"candidates": candidates, "explanations": [explanation]})
+
+
+def llms_used(config: RunConfig) -> set[str]:
+    return {arm.llm for arm in config.explainers.values() if isinstance(arm, OneShotConfig)}
+
+
+def make_client(name: str, config: LLMConfig) -> Any:
+    """The client of one LLM arm."""
+    if config.provider == "local":
+        return served_client(name)
+    return scripted_client(config) if config.provider == "scripted" else openai_client(config)
+
+
+def calls_per_feature(config: RunConfig) -> int:
+    """LLM calls that a feature's arms make at most."""
+    calls = 0
+    for arm in config.explainers.values():
+        if isinstance(arm, OneShotConfig):
+            nodes = 1
+            if isinstance(arm, TreeConfig):
+                nodes = arm.num_llm_roots + arm.depth * arm.width * arm.branching_factor
+            calls += nodes * (1 + arm.max_parse_retries)
+    return calls
+
+
+def features_with_llm(config: RunConfig, features: list[FeatureId]) -> set[FeatureId]:
+    """Features that the call budget reaches, in the given order; decided before the first call, so that resuming agrees."""
+    budgets = [config.llms[name].max_calls for name in llms_used(config)]
+    limited = [budget for budget in budgets if budget is not None]
+    if not limited:
+        return set(features)
+    return set(features[: min(limited) // max(calls_per_feature(config), 1)])
+
+
+def live_features(tables: Tables) -> list[FeatureId]:
+    """Features that have records, in the order in which budgets are spent."""
+    keys = tables.read("features", ["feature_key"], "status = 'live'")["feature_key"].to_pylist()
+    return interleave(sorted(FeatureId.parse(key) for key in keys))
+
+
+def run_explain(
+    config: RunConfig, tables: Tables, committer: Any, progress: Progress = lambda done, total: None
+) -> dict[str, int]:
+    """Explains every live feature with every arm that it lacks; returns counts by status."""
+    features = live_features(tables)
+    left = arms_left(config, tables, features)
+    affordable = features_with_llm(config, features)
+    resources = config.resources.search
+    actor_class = ray.remote(SearchActor).options(
+        num_cpus=resources.num_cpus, max_concurrency=config.resources.searches_per_actor, max_restarts=-1
+    )
+    actors = [actor_class.remote(config, tables, committer) for _ in range(resources.num_actors)] if left else []
+    queue, waiting, done = list(left.items()), {}, len(features) - len(left)
+    progress(done, len(features))
+    idle = [actor for actor in actors for _ in range(config.resources.searches_per_actor)]
+    while queue or waiting:
+        while queue and idle:
+            feature, arms = queue.pop(0)
+            actor = idle.pop()
+            waiting[actor.explain.options(max_task_retries=2).remote(feature, arms, feature in affordable)] = actor
+        (ready,), _ = ray.wait(list(waiting), num_returns=1)
+        idle.append(waiting.pop(ready))
+        ray.get(ready)
+        done += 1
+        progress(done, len(features))
+    if left:
+        ray.get(committer.flush.remote())
+    for actor in actors:
+        ray.kill(actor)
+    statuses = tables.read("explanations", ["status"])["status"].to_pylist()
+    return {status: statuses.count(status) for status in sorted(set(statuses))}
+
+
+def arms_left(config: RunConfig, tables: Tables, features: list[FeatureId]) -> dict[FeatureId, list[str]]:
+    """Explainer arms without a winner's row, by feature."""
+    finished: set[tuple[str, str]] = set()
+    if features:
+        rows = tables.read("explanations", ["feature_key", "explainer"], sql_in("explainer", _all_ids(config)))
+        finished = set(zip(rows["feature_key"].to_pylist(), rows["explainer"].to_pylist(), strict=True))
+    left = {
+        feature: [name for name in config.explainers if (str(feature), arm_ids(config, name)[0]) not in finished]
+        for feature in features
+    }
+    return {feature: arms for feature, arms in left.items() if arms}
+
+
+def _all_ids(config: RunConfig) -> list[str]:
+    return [arm_ids(config, name)[0] for name in config.explainers]

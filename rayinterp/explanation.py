@@ -1,0 +1,119 @@
+"""Explanations: what a rule is, how an LLM's answer becomes one, and how one is shown.
+
+The explainer proposes, the simulator reads, the tables keep: all three pass these values around. A string
+explanation is a structured one with a single rule of full strength, so that one simulator serves both forms.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from typing import Any, NamedTuple
+
+MAX_STRENGTH = 5
+
+
+class Rule(NamedTuple):
+    """One reason for which the feature fires.
+
+    Example:
+        `Rule("the word 'ago' after a number of years", 5)`
+    """
+
+    activates_on: str
+    strength: int = MAX_STRENGTH
+
+    @property
+    def hash(self) -> str:
+        """Key of the rule's words in `simulations`; strength is applied after simulation and plays no part."""
+        return hashlib.sha256(self.activates_on.encode()).hexdigest()[:16]
+
+
+Explanation = tuple[Rule, ...]
+"""One or more rules; the feature's predicted activation is the largest that any of them predicts."""
+
+
+class ParseError(ValueError):
+    """The answer holds no valid explanation; the message says what is missing."""
+
+
+def to_json(explanation: Explanation) -> str:
+    return json.dumps([rule._asdict() for rule in explanation], ensure_ascii=False)
+
+
+def from_json(text: str) -> Explanation:
+    """Reads back what `to_json` wrote."""
+    return tuple(Rule(**rule) for rule in json.loads(text))
+
+
+def render(explanation: Explanation) -> str:
+    """One line for people: rules joined by semicolons, with their strengths where they differ from full."""
+    return "; ".join(
+        rule.activates_on if rule.strength == MAX_STRENGTH else f"{rule.activates_on} ({rule.strength}/5)"
+        for rule in explanation
+    )
+
+
+def parse_structured(answer: str, rule_cap: int) -> Explanation:
+    """Rules from an LLM's answer: strict about meaning, lenient about wrapping.
+
+    Code fences, prose around the list, trailing commas and numbers such as "4" or 4.0 are accepted; strengths
+    are clamped to 0-5 and rules beyond `rule_cap` are cut off.
+
+    Raises:
+        ParseError: no JSON list of objects with a non-empty `activates_on` and a whole-number `strength`.
+    """
+    problem = "no JSON list of rules in the answer"
+    for start in (match.start() for match in re.finditer(r"\[", answer)):
+        value = _decode_list(answer[start:])
+        if value is None:
+            continue
+        try:
+            return tuple(_to_rule(item) for item in value)[:rule_cap]
+        except ParseError as error:
+            problem = str(error)
+    raise ParseError(problem)
+
+
+def parse_string(answer: str) -> Explanation:
+    """One sentence from an LLM's answer; quotes, a leading label and all but the first line are dropped.
+
+    Raises:
+        ParseError: there is no text.
+    """
+    lines = [line.strip() for line in answer.strip().splitlines() if line.strip(" `\t")]
+    text = re.sub(r"^(explanation|answer)\s*:\s*", "", lines[0], flags=re.IGNORECASE) if lines else ""
+    text = text.strip().strip('"').strip()
+    if not re.search(r"\w", text):
+        raise ParseError("the answer holds no text")
+    return (Rule(text),)
+
+
+def _decode_list(text: str) -> list[Any] | None:
+    """The JSON list that `text` begins with, or None; trailing commas are forgiven."""
+    decoder = json.JSONDecoder()
+    for candidate in (text, re.sub(r",(\s*[\]}])", r"\1", text)):
+        try:
+            value, _ = decoder.raw_decode(candidate)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+            return value
+    return None
+
+
+def _to_rule(item: dict[str, Any]) -> Rule:
+    text = item.get("activates_on")
+    if not isinstance(text, str) or not text.strip():
+        raise ParseError(f"activates_on is {text!r}; it must be non-empty text")
+    strength = item.get("strength")
+    if isinstance(strength, bool) or not isinstance(strength, int | float | str):
+        raise ParseError(f"strength is {strength!r}; it must be a whole number from 0 to 5")
+    try:
+        number = float(strength)
+    except ValueError:
+        raise ParseError(f"strength is {strength!r}; it must be a whole number from 0 to 5") from None
+    if not number.is_integer():
+        raise ParseError(f"strength is {strength!r}; it must be a whole number from 0 to 5")
+    return Rule(text.strip(), min(max(int(number), 0), MAX_STRENGTH))

@@ -1,0 +1,307 @@
+"""Grading: every explanation and its controls on test records. Writes `scores` and `predictions`.
+
+    explanations, test records -> blocks of features (Ray tasks) -> simulator service -> scores per complementary source
+
+The only stage that reads test records. What is graded is decided from tables and config before anything is simulated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import ray
+from ray import serve
+
+from rayinterp.config import RunConfig, TransformersSimulatorConfig, arm_id
+from rayinterp.controls import shuffled_features, token_lookup
+from rayinterp.explanation import Explanation, from_json
+from rayinterp.harvest import Progress
+from rayinterp.records import ActivationRecord, generator_for, load_records
+from rayinterp.score import SCORERS, WIDE_BELOW, Score, false_positives_per_sequence, score_all
+from rayinterp.simulate.simulator import CONTROL_NULLS, RuleRequest, combine
+from rayinterp.subject import FeatureId, interleave
+from rayinterp.tables import Tables, sql_in
+
+BLOCK = 4
+"""Features per Ray task."""
+
+
+class FeatureWork(NamedTuple):
+    """What one simulator grades for one feature."""
+
+    feature: FeatureId
+    explanations: dict[str, Explanation]
+    """By explainer arm id."""
+    shuffled: dict[str, list[Explanation]]
+    """Explanations of other features, by explainer arm id."""
+
+    def rules(self) -> list[str]:
+        """Every rule to be simulated, once."""
+        explanations = [*self.explanations.values(), *(e for group in self.shuffled.values() for e in group)]
+        rules = [rule.activates_on for explanation in explanations for rule in explanation]
+        return list(dict.fromkeys([*rules, *CONTROL_NULLS]))
+
+
+class Graded(NamedTuple):
+    """Rows that grading one feature gives."""
+
+    scores: list[dict[str, Any]]
+    predictions: list[dict[str, Any]]
+
+
+def grade(
+    work: FeatureWork,
+    simulator: str,
+    records: dict[str, list[ActivationRecord]],
+    simulated: dict[str, list[np.ndarray]],
+    config: RunConfig,
+) -> Graded:
+    """Scores of a feature's explanations and controls under each complementary source.
+
+    Args:
+        records: Train (for the token lookup) and test.
+        simulated: Prediction of every rule of `work` for every test record.
+    """
+    test = records["test"]
+    sources = sorted({record.source for record in test} - {"positive"})
+    explained = {name: combine(e, [simulated[r.activates_on] for r in e]) for name, e in work.explanations.items()}
+    nulls = [simulated[text] for text in CONTROL_NULLS]
+    shuffled = {
+        name: [combine(e, [simulated[r.activates_on] for r in e]) for e in group]
+        for name, group in work.shuffled.items()
+    }
+    predictions: list[tuple[str, str, list[list[np.ndarray]]]] = [
+        *((name, "", [predicted]) for name, predicted in explained.items()),
+        *((name, "shuffled", group) for name, group in shuffled.items()),
+        ("", "null", nulls),
+        ("", "token_lookup", [token_lookup(records["train"], test)]),
+    ]
+    scores = [
+        row
+        for source in sources
+        for explainer, control, group in predictions
+        for row in _score_rows(work.feature, explainer, control, simulator, source, test, group, config)
+    ]
+    kept = [
+        {
+            "feature_key": str(work.feature),
+            "explainer": explainer,
+            "simulator": simulator,
+            "split": "test",
+            "source": record.source,
+            "sequence_id": record.sequence.sequence_id,
+            "values": values,
+        }
+        for explainer, predicted in explained.items()
+        for record, values in zip(test, predicted, strict=True)
+    ]
+    return Graded(scores, kept)
+
+
+def _score_rows(
+    feature: FeatureId,
+    explainer: str,
+    control: str,
+    simulator: str,
+    source: str,
+    test: list[ActivationRecord],
+    group: list[list[np.ndarray]],
+    config: RunConfig,
+) -> list[dict[str, Any]]:
+    """One row per scorer; a control of several texts gives the mean of those that are defined, without an interval."""
+    places = [i for i, record in enumerate(test) if record.source in ("positive", source)]
+    silent = [i for i in places if test[i].source == source]
+    true, documents = [test[i].activations for i in places], [test[i].document_id for i in places]
+    wide = min(len(places) - len(silent), len(silent)) < WIDE_BELOW
+    generator = generator_for(config.seed, feature, "bootstrap", explainer, control, simulator, source)
+    each = [
+        score_all(true, [p[i] for i in places], documents, generator, config.score.num_bootstrap, wide) for p in group
+    ]
+    false_positives = [
+        false_positives_per_sequence([test[i].activations for i in silent], [p[i] for i in silent]) for p in group
+    ]
+    rows = []
+    for scorer in SCORERS:
+        scores = [s[scorer] for s in each]
+        values = [s.value for s in scores if s.value is not None]
+        only = scores[0] if len(scores) == 1 else None
+        value = float(np.mean(values)) if values else None
+        status = only.status if only else _status_of_several(scores)
+        rows.append(
+            {
+                "feature_key": str(feature),
+                "sae": feature.sae,
+                "feature": feature.index,
+                "explainer": explainer,
+                "control": control,
+                "simulator": simulator,
+                "scorer": scorer,
+                "source": source,
+                "split": "test",
+                "value": value,
+                "ci_low": only.low if only else None,
+                "ci_high": only.high if only else None,
+                "num_records": len(places),
+                "false_positives_per_sequence": _mean_defined(false_positives),
+                "status": status,
+            }
+        )
+    return rows
+
+
+def _status_of_several(scores: list[Score]) -> str:
+    defined = [score.status for score in scores if score.value is not None]
+    if defined:
+        return defined[0]
+    return scores[0].status if scores else "no_explanation"
+
+
+def _mean_defined(values: list[float | None]) -> float | None:
+    defined = [value for value in values if value is not None]
+    return float(np.mean(defined)) if defined else None
+
+
+def unscored_rows(
+    feature: FeatureId, explainers: list[str], simulator: str, sources: Sequence[str], status: str
+) -> list[dict[str, Any]]:
+    """Rows that say why an explanation has no score."""
+    return [
+        {
+            "feature_key": str(feature),
+            "sae": feature.sae,
+            "feature": feature.index,
+            "explainer": explainer,
+            "control": "",
+            "simulator": simulator,
+            "scorer": scorer,
+            "source": source,
+            "split": "test",
+            "num_records": 0,
+            "status": status,
+        }
+        for explainer in explainers
+        for scorer in SCORERS
+        for source in sources
+    ]
+
+
+def plan_grading(
+    config: RunConfig, tables: Tables, simulator: str, explainers: list[str]
+) -> tuple[list[FeatureWork], list[dict[str, Any]]]:
+    """What a simulator grades, and rows for what it does not: decided from tables and config alone.
+
+    Budgets count pairs whether or not they are remembered, so that a resumed run grades the same features.
+    """
+    arm = config.simulators[simulator]
+    columns = ["feature_key", "explainer", "explanation", "status"]
+    rows = tables.read("explanations", columns, sql_in("explainer", explainers)).to_pylist()
+    by_feature: dict[FeatureId, dict[str, Explanation]] = {}
+    for row in rows:
+        explanations = by_feature.setdefault(FeatureId.parse(row["feature_key"]), {})
+        if row["explanation"] is not None:
+            explanations[row["explainer"]] = from_json(row["explanation"])
+    counts = tables.read("record_counts", ["feature_key", "found"], "split = 'test'").to_pylist()
+    num_records: dict[str, int] = {}
+    for count in counts:
+        num_records[count["feature_key"]] = num_records.get(count["feature_key"], 0) + count["found"]
+    work, unscored = [], []
+    pairs_left = arm.max_pairs if isinstance(arm, TransformersSimulatorConfig) else None
+    per_sae: dict[str, int] = {}
+    for feature in interleave(sorted(by_feature)):
+        explanations = by_feature[feature]
+        place = per_sae[feature.sae] = per_sae.get(feature.sae, 0) + 1
+        if arm.num_features is not None and place > arm.num_features:
+            continue
+        missing = [name for name in explainers if name not in explanations]
+        unscored += unscored_rows(
+            feature, missing, arm_id(simulator, arm), config.records.complementary, "no_explanation"
+        )
+        if not explanations:
+            continue
+        shuffled = {
+            name: [
+                by_feature[other][name]
+                for other in shuffled_features(
+                    feature, [f for f, e in by_feature.items() if name in e], config.score.num_shuffled, config.seed
+                )
+            ]
+            for name in explanations
+        }
+        one = FeatureWork(feature, explanations, {name: group for name, group in shuffled.items() if group})
+        if pairs_left is not None:
+            pairs_left -= len(one.rules()) * num_records[str(feature)]
+            if pairs_left < 0:
+                names = list(explanations)
+                unscored += unscored_rows(
+                    feature, names, arm_id(simulator, arm), config.records.complementary, "no_budget"
+                )
+                continue
+        work.append(one)
+    return work, unscored
+
+
+def grade_block(block: list[FeatureWork], simulator: str, config: RunConfig, tables: Tables) -> Graded:
+    """Grades some features: one request to the simulator service each."""
+    handle = serve.get_app_handle(f"simulator-{simulator}")
+    loaded = [load_records(tables, work.feature, ("train", "test")) for work in block]
+    responses = [
+        handle.simulate.remote([RuleRequest(rule, tuple(r.sequence for r in records["test"])) for rule in work.rules()])
+        for work, records in zip(block, loaded, strict=True)
+    ]
+    scores: list[dict[str, Any]] = []
+    predictions: list[dict[str, Any]] = []
+    name = arm_id(simulator, config.simulators[simulator])
+    for work, records, response in zip(block, loaded, responses, strict=True):
+        simulated = dict(zip(work.rules(), response.result(), strict=True))
+        graded = grade(work, name, records, simulated, config)
+        scores += graded.scores
+        predictions += graded.predictions
+    return Graded(scores, predictions)
+
+
+def run_score(
+    config: RunConfig,
+    tables: Tables,
+    explainers: list[str],
+    deploy: Callable[[set[str]], None],
+    progress: Progress = lambda done, total: None,
+) -> dict[str, int]:
+    """Grades explanations that have no scores yet, with every simulator of `score.simulators`.
+
+    Args:
+        explainers: Explainer arm ids of this config.
+        deploy: Starts the named simulators' services; called only with those that have something to grade.
+    """
+    task = ray.remote(grade_block).options(num_cpus=config.resources.score.num_cpus)
+    todo: list[tuple[str, list[FeatureWork]]] = []
+    done = 0
+    for simulator in config.score.simulators:
+        work, unscored = plan_grading(config, tables, simulator, explainers)
+        name = arm_id(simulator, config.simulators[simulator])
+        finished = _finished(tables, name)
+        tables.append("scores", unscored)
+        left = [w for w in work if not {(str(w.feature), e) for e in w.explanations} <= finished]
+        done += len(work) - len(left)
+        todo += [(simulator, left[i : i + BLOCK]) for i in range(0, len(left), BLOCK)]
+    deploy({simulator for simulator, _ in todo})
+    total = done + sum(len(block) for _, block in todo)
+    progress(done, total)
+    waiting = {task.remote(block, simulator, config, tables): len(block) for simulator, block in todo}
+    while waiting:
+        (ready,), _ = ray.wait(list(waiting), num_returns=1)
+        graded = ray.get(ready)
+        # Scores go last: they mark the features as finished.
+        tables.append("predictions", graded.predictions)
+        tables.append("scores", graded.scores)
+        done += waiting.pop(ready)
+        progress(done, total)
+    statuses = tables.read("scores", ["status"], "control = '' and scorer = 'correlation'")["status"].to_pylist()
+    return {status: statuses.count(status) for status in sorted(set(statuses))}
+
+
+def _finished(tables: Tables, simulator: str) -> set[tuple[str, str]]:
+    where = f"simulator = '{simulator}' and control = ''"
+    rows = tables.read("scores", ["feature_key", "explainer"], where)
+    return set(zip(rows["feature_key"].to_pylist(), rows["explainer"].to_pylist(), strict=True))

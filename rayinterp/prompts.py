@@ -1,0 +1,202 @@
+"""Every prompt and worked example of the project, as functions that return messages; nothing is filled in elsewhere.
+
+Standard library only. Changing a simulator prompt changes `simulate.serve.memo_id`, so old simulations are not reused.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import NamedTuple, TypedDict
+
+
+class Message(TypedDict):
+    """One turn of a conversation, as chat templates and endpoints take it."""
+
+    role: str
+    content: str
+
+
+# Simulator: rates every token of a sequence for one rule.
+
+UNKNOWN = "unknown"
+"""Stands where a rating is asked for; it is read from the logits at the tab before this word."""
+
+_SIMULATOR_TASK = """\
+A detector inside a language model reads text token by token. You get a description of what makes the detector respond \
+and a list of tokens. Give each token a rating: 0 if the detector stays silent, up to 5 if it responds at full \
+strength. Most tokens are 0. Ratings that are not known are written as unknown."""
+
+
+class WorkedExample(NamedTuple):
+    """A rule, and the rating of every token of a text."""
+
+    rule: str
+    ratings: tuple[tuple[str, int | None], ...]
+    """Tokens with their ratings; None is written as unknown."""
+
+
+def _example(rule: str, text: str, **ratings: int) -> WorkedExample:
+    """Ratings by token; tokens are split at `|`, and those before `#` are unknown."""
+    hidden, _, known = text.partition("#")
+    unknown = tuple((token, None) for token in hidden.split("|"))
+    return WorkedExample(rule, unknown + tuple((token, ratings.get(token.strip(), 0)) for token in known.split("|")))
+
+
+SIMULATOR_EXAMPLES = (
+    _example(
+        "the word 'bread', 'loaf', 'flour'",
+        "She| kne|aded| the# flour| with| water| and| left| the| lo|af| to| rise|.",
+        flour=5, lo=4, af=5,
+    ),
+    _example(
+        "words for rivers, lakes and other bodies of water",
+        "The| road| turns# north| at| the| lake|,| crosses| a| stream| and| ends| in| town|.",
+        lake=5, stream=4,
+    ),
+    _example(
+        "the word 'quickly', 'fast', 'rapid'",
+        "Our| bus| was| late#,| so| we| walked| fast| through| the| rain| to| Linden| Street|.",
+        fast=5,
+    ),
+    _example(
+        "numbers written as digits",
+        "Ord|er| 4|71| was# shipped| on| May| 9| from| the| ware|house| in| Le|eds|.",
+        **{"9": 5},
+    ),
+    _example(
+        "verbs of refusal such as 'refuse' or 'reject'",
+        "They# re|jected| the| offer| and| wrote| a| long| letter| about| it|.",
+        re=3, jected=5,
+    ),
+)  # fmt: skip
+"""Mostly zeros, some words in pieces, each begun with unknown ratings as the real question is."""
+
+
+def simulator_messages(rule: str, num_examples: int) -> list[Message]:
+    """Task, worked examples and the rule; the ratings of the sequence itself are the answer that follows.
+
+    There is no system turn, since some chat templates refuse one.
+    """
+    messages: list[Message] = []
+    for example in SIMULATOR_EXAMPLES[:num_examples]:
+        messages.append({"role": "user", "content": _simulator_question(example.rule)})
+        messages.append({"role": "assistant", "content": rating_lines(example.ratings)})
+    messages.append({"role": "user", "content": _simulator_question(rule)})
+    messages[0]["content"] = f"{_SIMULATOR_TASK}\n\n{messages[0]['content']}"
+    return messages
+
+
+def _simulator_question(rule: str) -> str:
+    return f"The detector responds to: {rule}\nTokens and ratings:"
+
+
+def rating_lines(ratings: tuple[tuple[str, int | None], ...]) -> str:
+    """One line per token: the token, a tab, its rating or the word unknown."""
+    return "\n".join(f"{token}\t{UNKNOWN if rating is None else rating}" for token, rating in ratings)
+
+
+# Explainer: says in words what a feature fires on.
+
+_EXPLAINER_TASK = """\
+One feature of a language model fires on some tokens of a text and stays silent on the rest. You see short texts in \
+which it fires. The tokens that make it fire stand between << and >>, and are listed below each text with how strongly \
+it fires, from 1 to 5. Find what these tokens, or the places where they stand, have in common. Describe what the \
+feature fires on, not the texts as a whole; be as specific as the texts allow."""
+
+_STRUCTURED_ANSWER = """\
+Answer with a JSON list of at most {rule_cap} rules and nothing else. Each rule is an object with "activates_on", a \
+short description of tokens that make the feature fire, and "strength", a whole number from 0 to 5 that says how \
+strongly. Use a second rule only for tokens that the first does not cover."""
+
+_STRING_ANSWER = (
+    "Answer with one short sentence that describes the tokens that make the feature fire, and nothing else."
+)
+
+STRUCTURED_PREFILL = '[{"activates_on": "'
+"""Where a model that we run ourselves begins a structured answer."""
+
+
+class MarkedRecord(NamedTuple):
+    """One text as the explainer sees it."""
+
+    tokens: tuple[str, ...]
+    strengths: tuple[int, ...]
+    """0-5 for each token."""
+
+
+_EXPLAINER_RECORDS = (
+    MarkedRecord(
+        (" The", " old", " oak", " lost", " a", " branch", " in", " the", " storm"), (0, 0, 5, 0, 0, 2, 0, 0, 0)
+    ),
+    MarkedRecord((" A", " row", " of", " birch", " trees", " lined", " the", " lane"), (0, 0, 0, 5, 4, 0, 0, 0)),
+)
+_STRUCTURED_EXAMPLE = (
+    '[{"activates_on": "names of kinds of trees, and the word trees", "strength": 5}, '
+    '{"activates_on": "parts of a tree, such as a branch", "strength": 2}]'
+)
+_STRING_EXAMPLE = "names of kinds of trees, and more weakly parts of a tree such as a branch"
+
+
+def explainer_messages(records: list[MarkedRecord], rule_cap: int, structured: bool) -> list[Message]:
+    """Task, one worked example and the feature's records; the two forms of answer differ in the answer's form alone."""
+    form = _STRUCTURED_ANSWER.format(rule_cap=rule_cap) if structured else _STRING_ANSWER
+    example = _STRUCTURED_EXAMPLE if structured else _STRING_EXAMPLE
+    return [
+        {"role": "user", "content": f"{_EXPLAINER_TASK}\n{form}\n\n{_render_records(list(_EXPLAINER_RECORDS))}"},
+        {"role": "assistant", "content": example},
+        {"role": "user", "content": f"Another feature, with the same form of answer.\n\n{_render_records(records)}"},
+    ]
+
+
+def revision_messages(answer: str, feedback: str, structured: bool) -> list[Message]:
+    """Continues a conversation: the answer given, how it did, and the request for a better one."""
+    form = "Answer in the same form: the JSON list and nothing else." if structured else "Answer with one sentence."
+    return [
+        {"role": "assistant", "content": answer},
+        {"role": "user", "content": f"{feedback}\n\nWrite a better description of the same feature. {form}"},
+    ]
+
+
+class TokenError(NamedTuple):
+    """A token on which prediction and truth differ."""
+
+    token: str
+    predicted: int
+    actual: int
+
+
+def feedback_text(score: float | None, worst: list[tuple[MarkedRecord, list[TokenError]]]) -> str:
+    """How an explanation did: its score, and token by token the records that it gets most wrong."""
+    said = "could not be computed" if score is None else f"is {score:.2f}"
+    lines = [
+        "Activations were predicted from this description alone and compared with the true ones. "
+        f"The correlation {said} (1 is perfect, 0 is chance). The text that it gets most wrong:"
+    ]
+    for record, errors in worst:
+        lines.append(f"Text: {_marked_text(record)}")
+        lines += [f"{_quoted(e.token)}: predicted {e.predicted}, actual {e.actual}" for e in errors]
+    return "\n".join(lines)
+
+
+def _render_records(records: list[MarkedRecord]) -> str:
+    return "\n".join(f"Text {number}: {_marked_text(r)}\n{_fires_on(r)}" for number, r in enumerate(records, 1))
+
+
+def _marked_text(record: MarkedRecord) -> str:
+    """The text on one line, with << >> around tokens that fire."""
+    parts = []
+    for token, strength in zip(record.tokens, record.strengths, strict=True):
+        bare = token.lstrip()
+        space = " " if len(bare) < len(token) else ""
+        parts.append(f"{space}<<{bare}>>" if strength and bare else token)
+    return " ".join("".join(parts).split())
+
+
+def _fires_on(record: MarkedRecord) -> str:
+    fired = [(t, s) for t, s in zip(record.tokens, record.strengths, strict=True) if s]
+    return "Fires on: " + (", ".join(f"{_quoted(token)} {strength}" for token, strength in fired) or "nothing")
+
+
+def _quoted(token: str) -> str:
+    """The token on one line in quotes."""
+    return json.dumps(token.strip() or token, ensure_ascii=False)

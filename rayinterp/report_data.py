@@ -1,0 +1,304 @@
+"""What a run found, as numbers over its features: arrow tables in, means with their doubt out.
+
+    scores, explanations -> ArmSummary (beside its controls), Comparison (paired), Agreement (of two simulators)
+
+A null score is a feature *without* a score: it is counted with its reason and enters no mean, and a paired difference
+is taken over the features that both sides scored. Nothing here knows HTML or where the tables lie.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from rayinterp.config import RunConfig
+from rayinterp.score import Interval, mean_interval
+
+SCORER = "correlation"
+"""The scorer of every table that does not name another."""
+OTHER_SCORERS = ("r2", "r2_uncentered", "abs_dev_explained", "auroc")
+CONTROLS = ("token_lookup", "shuffled", "null")
+EXPLANATION = ""
+"""What the column `control` holds for the explanation itself."""
+WIDE = 0.3
+"""A 95 % interval of a mean correlation that spans more is marked."""
+FEW_FEATURES = 10
+"""A mean over fewer features is marked however narrow: the bootstrap cannot see what it has not sampled."""
+
+SCORE_COLUMNS = (
+    *("feature_key", "explainer", "control", "simulator", "scorer", "source", "split"),
+    *("value", "ci_low", "ci_high", "num_records", "false_positives_per_sequence", "status"),
+)
+
+REASONS = {
+    "dead": "never active in the corpus",
+    "too_few": "active in too few train sequences",
+    "dense": "active at too large a share of all tokens",
+    "short": "fewer records than asked for",
+    "no_records": "no records to explain it from",
+    "no_explanation": "no answer of the explainer could be used",
+    "parse_error": "the answer could not be parsed",
+    "llm_error": "the LLM gave no answer",
+    "duplicate": "same explanation as another node",
+    "not_explained": "no explainer has run on it",
+    "not_graded": "not graded with this simulator",
+    "wide": "few records, so a wide interval",
+}
+"""Statuses in words; one that is missing here is shown as it stands in the table."""
+
+
+def reason(status: str | None) -> str:
+    return REASONS.get(status or "", (status or "no reason recorded").replace("_", " "))
+
+
+class Score(NamedTuple):
+    """One row of `scores`."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+    false_positives: float | None
+    num_records: int | None
+    status: str
+
+
+class ScoreKey(NamedTuple):
+    """What is graded, by whom, on which records."""
+
+    simulator: str
+    source: str
+    explainer: str
+    control: str = EXPLANATION
+    scorer: str = SCORER
+
+    def of(self, control: str) -> ScoreKey:
+        """The same grading of a control; only the shuffled one depends on the explainer."""
+        return self._replace(control=control, explainer=self.explainer if control == "shuffled" else "")
+
+
+ScoreBook = dict[ScoreKey, dict[str, Score]]
+"""Test scores by feature key, for everything that was graded."""
+
+
+class Order(NamedTuple):
+    """The arms and sources of a run in the order of its config; those that it no longer names come last."""
+
+    explainers: tuple[str, ...]
+    simulators: tuple[str, ...]
+    sources: tuple[str, ...]
+
+
+class ControlSummary(NamedTuple):
+    """A control on the features of the arm it stands beside."""
+
+    control: str
+    mean: Interval
+    false_positives: Interval
+
+
+class ArmSummary(NamedTuple):
+    """One explainer, graded by one simulator on positives and one complementary source."""
+
+    key: ScoreKey
+    mean: Interval
+    is_wide: bool
+    num_wide_features: int
+    unscored: tuple[tuple[str, int], ...]
+    """Statuses of the features without a score, most frequent first."""
+    false_positives: Interval
+    controls: tuple[ControlSummary, ...]
+    other_scorers: tuple[tuple[str, Interval], ...]
+
+
+class Comparison(NamedTuple):
+    """Mean of first - second over the features that both scored."""
+
+    simulator: str
+    source: str
+    first: str
+    second: str
+    """Another explainer, or the name of a control."""
+    difference: Interval
+    is_wide: bool
+    num_first_better: int
+
+
+class Agreement(NamedTuple):
+    """Correlation over features of the scores that two simulators gave to the same explanations."""
+
+    first: str
+    second: str
+    explainer: str
+    source: str
+    correlation: Interval
+    reason: str
+    """Why there is no correlation; empty where there is one."""
+
+
+def score_book(scores: pa.Table) -> ScoreBook:
+    """The test scores of a `scores` table, looked up by what was graded."""
+    book: ScoreBook = {}
+    for batch in scores.select(list(SCORE_COLUMNS)).to_batches(max_chunksize=50_000):
+        for row in batch.to_pylist():
+            if row["split"] != "test":
+                continue
+            key = ScoreKey(row["simulator"], row["source"], row["explainer"], row["control"], row["scorer"])
+            book.setdefault(key, {})[row["feature_key"]] = Score(
+                number(row["value"]),
+                number(row["ci_low"]),
+                number(row["ci_high"]),
+                number(row["false_positives_per_sequence"]),
+                row["num_records"],
+                row["status"],
+            )
+    return book
+
+
+def number(value: float | None) -> float | None:
+    """None for null and for NaN: both mean undefined."""
+    return None if value is None or math.isnan(value) else value
+
+
+def order_of(config: RunConfig, book: Iterable[ScoreKey], explainers: Iterable[str]) -> Order:
+    """Arms and sources that have rows, in the config's order."""
+    keys = list(book)
+    graders = dict.fromkeys([*config.score.simulators, *config.simulators])
+    return Order(
+        _by_config({key.explainer for key in keys if key.explainer} | set(explainers), config.explainers),
+        _by_config({key.simulator for key in keys}, graders),
+        _by_config({key.source for key in keys}, [*config.records.complementary, "rule_negative"]),
+    )
+
+
+def arm_labels(arms: Iterable[str]) -> dict[str, str]:
+    """Arms without their hash, where their name alone tells them apart."""
+    arms = list(arms)
+    names = Counter(arm.partition("@")[0] for arm in arms)
+    return {arm: name if names[name := arm.partition("@")[0]] == 1 else arm for arm in arms}
+
+
+def arm_summaries(
+    book: ScoreBook, explanations: Mapping[str, Mapping[str, str]], order: Order, config: RunConfig
+) -> list[ArmSummary]:
+    """One row per simulator, source and explainer; `explanations` maps explainer and feature to a status."""
+    keys = [ScoreKey(sim, src, exp) for sim in order.simulators for src in order.sources for exp in order.explainers]
+    return [
+        _summarise_arm(book, key, explanations.get(key.explainer, {}), config)
+        for key in keys
+        if key in book or key.explainer in explanations
+    ]
+
+
+def comparisons(book: ScoreBook, order: Order, config: RunConfig) -> list[Comparison]:
+    """Explainers against one another and against their controls, paired by feature."""
+    rows = []
+    for simulator in order.simulators:
+        for source in order.sources:
+            keys = [key for arm in order.explainers if (key := ScoreKey(simulator, source, arm)) in book]
+            pairs = list(combinations(keys, 2)) + [(k, k.of(c)) for k in keys for c in CONTROLS if k.of(c) in book]
+            rows += [_compare(book, first, second, config) for first, second in pairs]
+    return rows
+
+
+def agreements(book: ScoreBook, order: Order) -> list[Agreement]:
+    """How far two simulators that graded the same features order them alike."""
+    rows = []
+    for first, second in combinations(order.simulators, 2):
+        for explainer in order.explainers:
+            for source in order.sources:
+                a, b = (book.get(ScoreKey(sim, source, explainer), {}) for sim in (first, second))
+                if a.keys() & b.keys():
+                    rows.append(Agreement(first, second, explainer, source, *_agree(*_paired(a, b))))
+    return rows
+
+
+def winning_node(nodes: Iterable[Mapping[str, Any]], explanation: str | None) -> int | None:
+    """The node of one search that holds the winning explanation; of several the best on valid, then the first."""
+    same = [node for node in nodes if explanation is not None and node["explanation"] == explanation]
+    same.sort(
+        key=lambda node: (node["status"] == "duplicate", -(number(node["valid_score"]) or -math.inf), node["node"])
+    )
+    return same[0]["node"] if same else None
+
+
+def is_wide(interval: Interval) -> bool:
+    """Too little to go by: few features, or an interval that spans much of the scale."""
+    if interval.value is None:
+        return False
+    spans = interval.high - interval.low if interval.low is not None and interval.high is not None else math.inf
+    return interval.n < FEW_FEATURES or spans > WIDE
+
+
+def _by_config(found: set[str], names: Iterable[str]) -> tuple[str, ...]:
+    place = {name: index for index, name in enumerate(names)}
+    return tuple(sorted(found, key=lambda arm: (place.get(arm.partition("@")[0], len(place)), arm)))
+
+
+def _summarise_arm(book: ScoreBook, key: ScoreKey, statuses: Mapping[str, str], config: RunConfig) -> ArmSummary:
+    graded = book.get(key, {})
+    unscored = Counter(score.status for score in graded.values() if score.value is None)
+    missing = (status for feature, status in statuses.items() if feature not in graded)
+    unscored.update("not_graded" if status == "ok" else status for status in missing)
+    mean = _mean([score.value for score in graded.values()], config)
+    others = [(scorer, book.get(key._replace(scorer=scorer))) for scorer in OTHER_SCORERS]
+    return ArmSummary(
+        key,
+        mean,
+        is_wide(mean),
+        sum(score.status == "wide" for score in graded.values()),
+        tuple(unscored.most_common()),
+        _mean([score.false_positives for score in graded.values()], config),
+        tuple(_control(book, key, control, config) for control in CONTROLS),
+        tuple((scorer, _mean([score.value for score in rows.values()], config)) for scorer, rows in others if rows),
+    )
+
+
+def _control(book: ScoreBook, key: ScoreKey, control: str, config: RunConfig) -> ControlSummary:
+    """The control's mean over the features that the arm was graded on, so that the two stand side by side."""
+    rows = book.get(key.of(control), {})
+    beside = [rows[feature] for feature in book.get(key, {}) if feature in rows]
+    return ControlSummary(
+        control,
+        _mean([score.value for score in beside], config),
+        _mean([score.false_positives for score in beside], config),
+    )
+
+
+def _compare(book: ScoreBook, first: ScoreKey, second: ScoreKey, config: RunConfig) -> Comparison:
+    a, b = _paired(book[first], book[second])
+    difference = _mean(list(a - b), config)
+    name = second.control or second.explainer
+    better = int((a > b).sum())
+    return Comparison(first.simulator, first.source, first.explainer, name, difference, is_wide(difference), better)
+
+
+def _paired(first: Mapping[str, Score], second: Mapping[str, Score]) -> tuple[np.ndarray, np.ndarray]:
+    """Values of the features that both sides scored."""
+    pairs = [(first[key].value, second[key].value) for key in sorted(first.keys() & second.keys())]
+    defined = np.array([pair for pair in pairs if None not in pair], dtype=float).reshape(-1, 2)
+    return defined[:, 0], defined[:, 1]
+
+
+def _agree(first: np.ndarray, second: np.ndarray) -> tuple[Interval, str]:
+    """Pearson's correlation with the interval of Fisher's z, which needs four points."""
+    n = len(first)
+    if n < 3:
+        return Interval(None, None, None, n), f"{n} feature{'' if n == 1 else 's'} scored by both: three are needed"
+    if np.ptp(first) == 0 or np.ptp(second) == 0:
+        return Interval(None, None, None, n), "one simulator gave every feature the same score"
+    r = float(np.clip(np.corrcoef(first, second)[0, 1], -1, 1))
+    if n < 4 or abs(r) == 1:
+        return Interval(r, None, None, n), ""
+    centre, half = math.atanh(r), 1.96 / math.sqrt(n - 3)
+    return Interval(r, math.tanh(centre - half), math.tanh(centre + half), n), ""
+
+
+def _mean(values: Sequence[float | None], config: RunConfig) -> Interval:
+    defined = np.array([value for value in values if value is not None], dtype=float)
+    return mean_interval(defined, config.seed, config.score.num_bootstrap)

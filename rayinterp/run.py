@@ -1,0 +1,212 @@
+"""The whole run: stages in order over one run directory, which remembers its config and what made it.
+
+    prepare (no Ray) -> connect -> corpus -> harvest -> index -> records -> explain -> score -> report
+
+Every stage reads from its tables what is left to do, so running again is safe and short.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib import metadata
+from typing import Any, NamedTuple
+
+import fsspec
+import ray
+import yaml
+from ray import serve
+
+from rayinterp.config import UPSTREAM, RunConfig, differing_fields, to_yaml
+from rayinterp.corpus import run_corpus
+from rayinterp.errors import UserError
+from rayinterp.explain.local import deploy_llm
+from rayinterp.explain.runner import arm_ids, arms_left, live_features, llms_used, run_explain
+from rayinterp.grade import run_score
+from rayinterp.harvest import Progress, run_harvest
+from rayinterp.index import run_index
+from rayinterp.preflight import Prepared, prepare
+from rayinterp.records import run_records
+from rayinterp.report import write_report
+from rayinterp.simulate.serve import deploy_simulator
+from rayinterp.tables import Committer, Tables
+
+PACKAGES = ("rayinterp", "ray", "torch", "transformers", "pylance", "lancedb", "lance-ray", "sae-lens", "pydantic")
+"""Versions that the manifest keeps."""
+
+STAGES = ("corpus", "harvest", "index", "records", "explain", "score", "report")
+
+
+class Run(NamedTuple):
+    """What every stage is handed."""
+
+    config: RunConfig
+    tables: Tables
+    prepared: Prepared
+
+
+def open_run(config: RunConfig) -> Run:
+    """Checks the config, and the run directory against it, and writes `run.yaml` and `manifest.json`.
+
+    Raises:
+        UserError: the config cannot work here, or the directory holds tables of another upstream config.
+    """
+    prepared = prepare(config)
+    freeze(config)
+    write_manifest(config, {})
+    return Run(config, Tables(config.run_dir), prepared)
+
+
+def freeze(config: RunConfig) -> None:
+    """Writes `run.yaml`; refuses a directory whose upstream tables were made by other settings."""
+    path = _path(config, "run.yaml")
+    filesystem, name = fsspec.core.url_to_fs(path)
+    if filesystem.exists(name):
+        old = yaml.safe_load(filesystem.cat_file(name))
+        differing = differing_fields(old, config.model_dump(mode="json"))
+        if differing:
+            raise UserError(
+                f"run_dir {config.run_dir!r} holds tables made with other settings:\n"
+                + "\n".join(f"  {line}" for line in differing)
+                + f"\nGive another run_dir, or set these back. Sections {', '.join(UPSTREAM)} are fixed per directory; "
+                "explainers, simulators, score and resources may change."
+            )
+    filesystem.pipe_file(name, to_yaml(config).encode())
+
+
+def write_manifest(config: RunConfig, counts: dict[str, dict[str, int]]) -> None:
+    """Adds versions and stage counts to `manifest.json`."""
+    filesystem, name = fsspec.core.url_to_fs(_path(config, "manifest.json"))
+    manifest: dict[str, Any] = json.loads(filesystem.cat_file(name)) if filesystem.exists(name) else {"stages": {}}
+    manifest["packages"] = {package: _version(package) for package in PACKAGES}
+    manifest["python"] = platform.python_version()
+    manifest["models"] = {
+        "subject": [config.subject.model, config.subject.revision],
+        "saes": [config.subject.saes.release, config.subject.saes.sae_id],
+        "embedder": config.index.embedder,
+    }
+    manifest.setdefault("created", datetime.now(UTC).isoformat(timespec="seconds"))
+    manifest["stages"].update(counts)
+    filesystem.pipe_file(name, json.dumps(manifest, indent=2).encode())
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _path(config: RunConfig, name: str) -> str:
+    return f"{config.run_dir.rstrip('/')}/{name}"
+
+
+@contextmanager
+def connected(config: RunConfig) -> Iterator[None]:
+    """Joins the cluster that the config or RAY_ADDRESS names, or starts a local one for the time of the block.
+
+    A cluster that is already connected is used and left running.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    # Ray Data draws bars of its own on top of ours.
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    address = config.resources.address or os.environ.get("RAY_ADDRESS")
+    ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, ignore_reinit_error=True)
+    try:
+        yield
+    finally:
+        if address is None:
+            serve.shutdown()
+        ray.shutdown()
+
+
+def deploy(run: Run, simulators: set[str], llms: set[str], committer: Any) -> None:
+    """Starts the Serve apps that a stage needs."""
+    for name in sorted(simulators):
+        deploy_simulator(name, run.config.simulators[name], run.config.resources.simulator, run.tables, committer)
+    for name in sorted(llms):
+        if run.config.llms[name].provider == "local":
+            deploy_llm(name, run.config.llms[name], run.config.resources.llm)
+
+
+def start_committer(tables: Tables) -> Any:
+    """The run's one writer of search results."""
+    return ray.remote(Committer).options(num_cpus=0, max_restarts=-1).remote(tables)
+
+
+def explain(run: Run, progress: Progress) -> dict[str, int]:
+    config = run.config
+    if not arms_left(config, run.tables, live_features(run.tables)):
+        return run_explain(config, run.tables, None, progress)
+    committer = start_committer(run.tables)
+    deploy(run, {arm.simulator for arm in config.explainers.values()}, llms_used(config), committer)
+    return run_explain(config, run.tables, committer, progress)
+
+
+def score(run: Run, progress: Progress) -> dict[str, int]:
+    config = run.config
+    committer = start_committer(run.tables)
+    explainers = [arm_ids(config, name)[0] for name in config.explainers]
+
+    def deploy_for(simulators: set[str]) -> None:
+        deploy(run, simulators, set(), committer)
+
+    counts = run_score(config, run.tables, explainers, deploy_for, progress)
+    ray.get(committer.flush.remote())
+    return counts
+
+
+def report(run: Run, progress: Progress) -> dict[str, int]:
+    write_report(run.tables, run.config)
+    return {}
+
+
+_RUNNERS: dict[str, Callable[[Run, Progress], dict[str, int]]] = {
+    "corpus": lambda run, progress: (
+        {"sequences": run.tables.count("sequences")}
+        if run.tables.exists("sequences")
+        else run_corpus(run.config, run.tables)
+    ),
+    "harvest": lambda run, progress: run_harvest(run.config, run.tables, *run.prepared, progress),
+    "index": lambda run, progress: run_index(run.config, run.tables, progress),
+    "records": lambda run, progress: run_records(run.config, run.tables, progress),
+    "explain": explain,
+    "score": score,
+    "report": report,
+}
+
+_READS: dict[str, str] = {
+    "harvest": "sequences",
+    "index": "sequences",
+    "records": "embeddings",
+    "explain": "record_counts",
+    "score": "explanations",
+    "report": "features",
+}
+"""The table without which a stage has nothing to read; the stage before it writes that."""
+
+
+def run_stage(run: Run, stage: str, progress: Progress = lambda done, total: None) -> dict[str, int]:
+    """Does what is left of one stage; returns counts for people.
+
+    Raises:
+        UserError: the stage before it has not run.
+    """
+    needed = _READS.get(stage)
+    if needed and not run.tables.exists(needed):
+        raise UserError(
+            f"stage {stage} reads the table {needed}, which {run.config.run_dir!r} does not hold yet; run the stages "
+            f"before it first: {', '.join(STAGES[: STAGES.index(stage)])}"
+        )
+    counts = _RUNNERS[stage](run, progress)
+    if counts:
+        write_manifest(run.config, {stage: counts})
+    return counts

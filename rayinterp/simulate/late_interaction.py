@@ -1,0 +1,183 @@
+"""A simulator without an LLM: a token is as active as its vector is close to a word of the rule.
+
+    sequence -> token vectors of a sentence encoder (once) \
+                                                             largest cosine, less that of null texts -> 0 to 5
+    rule     -> vectors of its content words (once)        /
+
+A (rule, sequence) pair is one small matrix product. The encoder has its own tokens; its similarities are carried to
+the subject's tokens by character offsets. Blind to what a list of words cannot say: syntax, negation, position.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Iterable
+from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+
+from rayinterp.explanation import MAX_STRENGTH
+from rayinterp.simulate.simulator import NULL_EXPLANATIONS, RuleRequest, TokenSequence
+
+if TYPE_CHECKING:
+    from jaxtyping import Float16, Float32, Int64
+
+MAX_CACHED_TOKENS = 200_000
+"""Encoder tokens kept: 150 MB with 384 dimensions."""
+
+QUOTED = re.compile(r"""(?<!\w)(?:'(.+?)'|"(.+?)"|‘(.+?)’|“(.+?)”|`(.+?)`)(?!\w)""")
+WORD = re.compile(r"[\w'’-]*\w")
+
+_FUNCTION_WORDS = """
+    a about after all an and any are as at be been before being both but by can do does each either for from had has
+    have how if in into is it its like may more most neither nor of on onto or other over so some such than that the
+    their them then there these they this those through to under up upon was were what when where which while who whose
+    will with within without would
+"""
+_SCAFFOLD_WORDS = """
+    activates active appear appearing appears beginning character characters concept concepts containing contains
+    context contexts describe describing ending especially example examples expression expressions feature features
+    fires followed following form forms general generally include includes including indicate indicating instance
+    instances kind kinds letter letters mention mentioned mentioning mentions name names often part particular
+    particularly parts phrase phrases piece pieces preceded preceding prefix refer reference references referring refers
+    relate related relating sentence sentences sequence sequences specifically starting subword suffix symbol symbols
+    term terms text texts token tokens type types typically used usually variant variants various word words
+"""
+STOP_WORDS = frozenset(f"{_FUNCTION_WORDS} {_SCAFFOLD_WORDS}".split())
+"""Words of a rule that say nothing about what it fires on."""
+
+
+class EncodedText(NamedTuple):
+    """A text as the encoder sees it, special tokens left out."""
+
+    vectors: Float16[np.ndarray, "enc dim"]
+    """Unit vectors."""
+    spans: Int64[np.ndarray, "enc 2"]
+    """First character and one past the last character of each token."""
+
+
+def content_spans(rule: str) -> list[tuple[int, int]]:
+    """Where a rule's content is: what it quotes; else its words less stop words; else all of it."""
+    quoted = [match.span(match.lastindex or 0) for match in QUOTED.finditer(rule)]
+    if quoted:
+        return quoted
+    words = [match.span() for match in WORD.finditer(rule) if match.group().lower() not in STOP_WORDS]
+    return words or [(0, len(rule))]
+
+
+def overlapping(spans: Int64[np.ndarray, "enc 2"], wanted: Iterable[tuple[int, int]]) -> Int64[np.ndarray, "wanted 2"]:
+    """For each wanted character range, the first encoder token that overlaps it and one past the last."""
+    edges = np.asarray(list(wanted), dtype=np.int64).reshape(-1, 2)
+    first = np.searchsorted(spans[:, 1], edges[:, 0], side="right")
+    stop = np.searchsorted(spans[:, 0], edges[:, 1], side="left")
+    return np.stack([first, stop], axis=1)
+
+
+def to_subject_tokens(
+    similarities: Float32[np.ndarray, "enc"], spans: Int64[np.ndarray, "enc 2"], tokens: tuple[str, ...]
+) -> Float32[np.ndarray, "seq"]:
+    """The largest similarity among the encoder tokens that overlap each of the subject's; -1 where there are none."""
+    edges = np.cumsum([0, *map(len, tokens)])
+    ranges = overlapping(spans, pairwise(edges.tolist()))
+    found = (ranges[:, 0] < ranges[:, 1]) & np.array([bool(token.strip()) for token in tokens])
+    # reduceat takes interleaved (start, stop, start, stop, ...); the padding gives a stop at the end a place to point.
+    largest = np.maximum.reduceat(np.append(similarities, -1), ranges.ravel())[::2]
+    return np.where(found, largest, -1).astype(np.float32)
+
+
+def content_vectors(rule: EncodedText, text: str) -> Float32[np.ndarray, "word dim"]:
+    """Vectors of the rule's content, each in the context of the whole rule."""
+    ranges = overlapping(rule.spans, content_spans(text))
+    chosen = [index for first, stop in ranges.tolist() for index in range(first, stop)]
+    return (rule.vectors[chosen] if chosen else rule.vectors).astype(np.float32)
+
+
+def largest_cosine(text: EncodedText, words: Float32[np.ndarray, "word dim"]) -> Float32[np.ndarray, "enc"]:
+    """For each token of a text, its cosine with the nearest of some words; 0 where there are no words."""
+    return (text.vectors.astype(np.float32) @ words.T).max(axis=1, initial=-1 if len(words) else 0)
+
+
+class LateInteractionSimulator:
+    """A sentence encoder, and the vectors of the texts that it has seen."""
+
+    def __init__(self, embedder: str, *, batch_size: int = 64, device: str | None = None) -> None:
+        self._encoder = SentenceTransformer(embedder, device=device).eval()
+        self._batch_size = batch_size
+        self._cache: OrderedDict[str, EncodedText] = OrderedDict()
+        self._num_cached_tokens = 0
+        self._nulls = [content_vectors(self._encode([null])[null], null) for null in NULL_EXPLANATIONS]
+
+    def simulate(self, requests: list[RuleRequest]) -> list[list[Float32[np.ndarray, "seq"]]]:
+        """Predictions in 0-5, as `Simulator` asks for; there is nothing to calibrate."""
+        texts = {"".join(sequence.tokens) for request in requests for sequence in request.sequences}
+        encoded = self._encode([*texts, *(request.rule for request in requests)])
+        null_cosines = {text: self._null_cosines(encoded[text]) for text in texts}
+        answers = []
+        for request in requests:
+            rule = content_vectors(encoded[request.rule], request.rule)
+            answers.append([self._predict(rule, sequence, encoded, null_cosines) for sequence in request.sequences])
+        return answers
+
+    def _predict(
+        self,
+        rule: Float32[np.ndarray, "word dim"],
+        sequence: TokenSequence,
+        encoded: dict[str, EncodedText],
+        null_cosines: dict[str, Float32[np.ndarray, "enc"]],
+    ) -> Float32[np.ndarray, "seq"]:
+        text = "".join(sequence.tokens)
+        null = null_cosines[text]
+        # Divided by the room above the null, so that a cosine of 1 becomes a full activation.
+        excess = (largest_cosine(encoded[text], rule) - null) / np.maximum(1 - null, 1e-3)
+        nearest = to_subject_tokens(excess, encoded[text].spans, sequence.tokens)
+        return MAX_STRENGTH * np.clip(nearest, 0, 1)
+
+    def _null_cosines(self, text: EncodedText) -> Float32[np.ndarray, "enc"]:
+        return np.mean([largest_cosine(text, null) for null in self._nulls], axis=0)
+
+    def _encode(self, texts: list[str]) -> dict[str, EncodedText]:
+        """Vectors of each text, from the cache where they are."""
+        unique = list(dict.fromkeys(texts))
+        encoded = {text: self._cache[text] for text in unique if text in self._cache}
+        for text in encoded:
+            self._cache.move_to_end(text)
+        new = [text for text in unique if text not in encoded]
+        encoded.update(zip(new, self._run_encoder(new), strict=True))
+        for text in new:
+            self._cache[text] = encoded[text]
+            self._num_cached_tokens += len(encoded[text].spans)
+        while self._num_cached_tokens > MAX_CACHED_TOKENS:
+            _, oldest = self._cache.popitem(last=False)
+            self._num_cached_tokens -= len(oldest.spans)
+        return encoded
+
+    @torch.inference_mode()
+    def _run_encoder(self, texts: list[str]) -> list[EncodedText]:
+        """Token vectors; a text longer than the encoder reads is cut into windows."""
+        parts: list[list[EncodedText]] = [[] for _ in texts]
+        # Texts of like length share a batch, so that little is padding.
+        order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
+        for start in range(0, len(order), self._batch_size):
+            batch = order[start : start + self._batch_size]
+            tokens = self._encoder.tokenizer(
+                [texts[index] for index in batch],
+                padding=True,
+                truncation=True,
+                max_length=self._encoder.max_seq_length,
+                return_overflowing_tokens=True,
+                return_offsets_mapping=True,
+                return_special_tokens_mask=True,
+                return_tensors="pt",
+            )
+            spans, windows = tokens.pop("offset_mapping").numpy(), tokens.pop("overflow_to_sample_mapping")
+            ordinary = tokens.pop("special_tokens_mask").numpy() == 0
+            vectors = self._encoder[0](dict(tokens.to(self._encoder.device)))["token_embeddings"]
+            vectors = torch.nn.functional.normalize(vectors.float(), dim=-1).half().cpu().numpy()
+            for row, window in enumerate(windows.tolist()):
+                kept = ordinary[row]
+                parts[batch[window]].append(EncodedText(vectors[row, kept], spans[row, kept].astype(np.int64)))
+        return [EncodedText(*map(np.concatenate, zip(*windows, strict=True))) for windows in parts]

@@ -1,0 +1,158 @@
+"""Simulators as Ray Serve replicas: the only file of `simulate` that imports Ray.
+
+    searches --simulate(candidate)--> waiting requests --one batch at a time--> engine thread --> predictions
+                                                                                     |
+                                       `simulations` --rows at start--> memo --new rows--> committer
+
+- A request is a whole candidate: all its rules on all its records. A Serve call costs milliseconds.
+- While the engine computes, requests of other features wait and are then merged into its next call.
+- The engine runs in a thread of its own; the event loop stays free for health checks, `stats` and new requests.
+- LLM engines go through the memo: only pairs never seen are computed, and calibration is applied afterwards.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, islice
+from typing import TYPE_CHECKING, TypedDict, cast
+
+import numpy as np
+from ray import serve
+
+from rayinterp.config import TransformersSimulatorConfig, arm_id
+from rayinterp.prompts import simulator_messages
+from rayinterp.simulate import load_simulator
+from rayinterp.simulate.simulator import MemoKey, MemoSimulator
+
+if TYPE_CHECKING:
+    from jaxtyping import Float16
+    from ray.actor import ActorHandle
+    from ray.serve.handle import DeploymentHandle
+
+    from rayinterp.config import SimulatorConfig, StageResources
+    from rayinterp.simulate.simulator import LogProbEngine, Prediction, RuleRequest, Simulator
+    from rayinterp.tables import Tables
+
+MAX_ONGOING_REQUESTS = 64
+"""Candidates that one replica takes at a time; Serve's default of a few would leave nothing to merge."""
+BATCH_WAIT_SECONDS = 0.005
+"""An idle engine starts after this wait; a busy one gathers requests for as long as it computes."""
+
+
+class SimulatorStats(TypedDict):
+    """What one replica has done since it started."""
+
+    num_requests: int
+    """Candidates simulated."""
+    num_engine_calls: int
+    """Calls they were merged into."""
+    num_pairs_simulated: int
+    """(rule, sequence) pairs computed, those of null explanations included."""
+    num_pairs_remembered: int
+    """Pairs that the memo answered."""
+
+
+class SimulatorReplica:
+    """One simulator behind a queue; the class that Serve deploys.
+
+    Args:
+        config: The simulator to load.
+        memo_id: Its name in `simulations`, from `memo_id`.
+        tables: Where earlier simulations are.
+        committer: Actor form of `tables.Committer` that takes new simulations; without it they live in memory only.
+    """
+
+    def __init__(
+        self, config: SimulatorConfig, memo_id: str, tables: Tables, committer: ActorHandle | None = None
+    ) -> None:
+        engine = load_simulator(config)
+        self._memo: MemoSimulator | None = None
+        if config.engine == "transformers":
+            self._memo = MemoSimulator(cast("LogProbEngine", engine), config.calibration)
+            for key, log_probs in read_simulations(tables, memo_id):
+                self._memo.remember(key, log_probs)
+        self._simulator: Simulator = self._memo or engine
+        self._memo_id = memo_id
+        self._committer = committer
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="simulator")
+        self._num_requests = self._num_engine_calls = self._num_pairs = 0
+
+    async def simulate(self, requests: list[RuleRequest]) -> list[list[Prediction]]:
+        """Predictions for one candidate, as `Simulator.simulate`."""
+        return await self._simulate_merged(requests)
+
+    @serve.batch(max_batch_size=MAX_ONGOING_REQUESTS, batch_wait_timeout_s=BATCH_WAIT_SECONDS)
+    async def _simulate_merged(self, candidates: list[list[RuleRequest]]) -> list[list[list[Prediction]]]:
+        """One engine call for all candidates that wait."""
+        loop = asyncio.get_running_loop()
+        requests = list(chain.from_iterable(candidates))
+        predictions = iter(await loop.run_in_executor(self._thread, self._simulator.simulate, requests))
+        self._num_requests += len(candidates)
+        self._num_engine_calls += 1
+        self._num_pairs += sum(len(request.sequences) for request in requests)
+        await self._commit_new()
+        return [list(islice(predictions, len(candidate))) for candidate in candidates]
+
+    async def _commit_new(self) -> None:
+        """Hands new simulations over before anyone sees a score made from them."""
+        new = self._memo.take_new() if self._memo else {}
+        if new and self._committer is not None:
+            rows = [
+                {"simulator": self._memo_id, **key._asdict(), "log_probs": log_probs.ravel()}
+                for key, log_probs in new.items()
+            ]
+            await self._committer.add.remote({"simulations": rows})
+
+    async def stats(self) -> SimulatorStats:
+        return {
+            "num_requests": self._num_requests,
+            "num_engine_calls": self._num_engine_calls,
+            "num_pairs_simulated": self._memo.num_simulated if self._memo else self._num_pairs,
+            "num_pairs_remembered": self._memo.num_remembered if self._memo else 0,
+        }
+
+
+def read_simulations(tables: Tables, memo_id: str) -> Iterator[tuple[MemoKey, Float16[np.ndarray, "values"]]]:
+    """What a simulator computed before, in this run or an interrupted one."""
+    columns = ["rule_hash", "sequence_id", "log_probs"]
+    for batch in tables.read("simulations", columns, f"simulator = '{memo_id}'").to_batches():
+        rule_hashes, sequence_ids = (batch[name].to_pylist() for name in columns[:2])
+        values = batch["log_probs"].flatten().to_numpy(zero_copy_only=False)
+        edges = np.cumsum([0, *batch["log_probs"].value_lengths().to_pylist()])
+        for row, key in enumerate(map(MemoKey, rule_hashes, sequence_ids)):
+            yield key, values[edges[row] : edges[row + 1]]
+
+
+def memo_id(name: str, config: SimulatorConfig) -> str:
+    """`name@hash` of what log-probabilities depend on, so that a change of calibration finds them all again.
+
+    A dtype of `auto` counts as such: machines that resolve it differently share a memo.
+    """
+    if not isinstance(config, TransformersSimulatorConfig):
+        return arm_id(name, config)
+    content = [
+        [config.model, config.revision, config.dtype, config.quantization],
+        simulator_messages("", config.num_few_shots),
+    ]
+    return f"{name}@{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8]}"
+
+
+def deploy_simulator(
+    name: str,
+    config: SimulatorConfig,
+    resources: StageResources,
+    tables: Tables,
+    committer: ActorHandle | None = None,
+) -> DeploymentHandle:
+    """Starts the replicas of one simulator arm as the Serve app `simulator-<name>` and waits until they are ready."""
+    deployment = serve.deployment(SimulatorReplica).options(
+        num_replicas=resources.num_actors,
+        max_ongoing_requests=MAX_ONGOING_REQUESTS,
+        ray_actor_options={"num_cpus": resources.num_cpus, "num_gpus": resources.num_gpus},
+    )
+    app = deployment.bind(config, memo_id(name, config), tables, committer)
+    return serve.run(app, name=f"simulator-{name}", route_prefix=None)

@@ -1,0 +1,188 @@
+"""The simulator engine for any Hugging Face causal LM: log-probabilities of the digits 0 to 5 at every token.
+
+    header   task and worked examples           computed once, its KV cache shared by every pass
+    rule     "The detector responds to: ..."    once per rule and pass
+    record   token <tab> unknown <newline> ...  read at the tabs
+
+Imports torch and transformers alone (and modules of this package that do the same), so that it runs on a bare GPU
+machine. It knows nothing of tables, configs or Ray.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, DynamicCache
+
+from rayinterp.errors import UserError
+from rayinterp.simulate import prompt_tree
+from rayinterp.simulate.prompt_tokens import PromptTokens, Record
+from rayinterp.simulate.prompt_tree import Branch, TreePlan
+from rayinterp.simulate.simulator import NULL_EXPLANATIONS, Calibration, RuleRequest, simulate_with
+from rayinterp.subject import pick_device, pick_dtype
+
+if TYPE_CHECKING:
+    import numpy as np
+    from jaxtyping import Float, Float32, Int64
+    from transformers import PreTrainedModel
+
+Quantization = Literal["none", "8bit", "4bit"]
+
+
+class DigitHead(torch.nn.Module):
+    """The rows of an LM head that belong to the six digits, multiplied in float32.
+
+    It takes the place of the model's own head, so that the model applies to it whatever it applies to that one:
+    soft-capping, a scale, a bias.
+    """
+
+    def __init__(self, head: torch.nn.Module, digit_ids: list[int]) -> None:
+        super().__init__()
+        weight, bias = head.weight, getattr(head, "bias", None)
+        assert isinstance(weight, torch.Tensor) and weight.is_floating_point(), f"quantised head {type(head)}"
+        self.weight = torch.nn.Parameter(weight.detach()[digit_ids].float(), requires_grad=False)
+        self.bias = None
+        if isinstance(bias, torch.Tensor):
+            self.bias = torch.nn.Parameter(bias.detach()[digit_ids].float(), requires_grad=False)
+
+    def forward(self, hidden: Float[torch.Tensor, "*batch d_model"]) -> Float32[torch.Tensor, "*batch 6"]:
+        return torch.nn.functional.linear(hidden.float(), self.weight, self.bias)
+
+
+class TransformersSimulator:
+    """A language model that rates every token of a sequence for a rule.
+
+    Args:
+        model: Hugging Face name or local folder.
+        revision: Commit of the model.
+        dtype: `float32`, `bfloat16`, or `auto`: bfloat16 where the hardware has it.
+        device: `cuda`, `cpu` or `auto`.
+        quantization: By bitsandbytes.
+        calibration: Used by `simulate`; `log_probs` are never calibrated.
+        num_few_shots: Worked examples in the header.
+        token_budget: Tokens in one pass, the header not counted.
+
+    Raises:
+        UserError: the model or its tokenizer cannot be used; the message lists all that failed.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        revision: str | None = None,
+        dtype: str = "auto",
+        device: str = "auto",
+        quantization: Quantization = "none",
+        calibration: Calibration = "difference",
+        num_few_shots: int = 3,
+        token_budget: int = 2048,
+    ) -> None:
+        self._device = pick_device(device)
+        self._dtype = pick_dtype(dtype, self._device)
+        self._calibration: Calibration = calibration
+        self._token_budget = token_budget
+        self._prompt = PromptTokens(AutoTokenizer.from_pretrained(model, revision=revision), num_few_shots)
+        self._model = load_model(model, revision, self._dtype, self._device, quantization)
+        prompt_tree.check_model(self._model)
+        prompt_tree.check_length(self._model, self.header_length)
+        self._model.set_output_embeddings(DigitHead(self._model.get_output_embeddings(), self._prompt.digit_ids))
+        self._header_kv = self._read_header()
+        self._nulls: dict[tuple[str, tuple[str, ...]], Float32[np.ndarray, "seq 6"]] = {}
+
+    @property
+    def header_length(self) -> int:
+        """Tokens of task and worked examples, which every pass attends to."""
+        return len(self._prompt.header)
+
+    def simulate(self, requests: list[RuleRequest]) -> list[list[Float32[np.ndarray, "seq"]]]:
+        """Calibrated predictions, as `Simulator` asks for."""
+        return simulate_with(self._log_probs_nulls_once, requests, self._calibration)
+
+    @torch.inference_mode()
+    def log_probs(self, requests: list[RuleRequest]) -> list[list[Float32[np.ndarray, "seq 6"]]]:
+        """Raw log-probabilities among the digits 0 to 5: for each request, one [seq, 6] array per sequence."""
+        records = [[self._prompt.record(sequence.tokens) for sequence in request.sequences] for request in requests]
+        branches = [
+            Branch(self._prompt.rule(request.rule), [record.ids for record in of_request])
+            for request, of_request in zip(requests, records, strict=True)
+        ]
+        self._check_lengths(branches)
+        answers: list[list[Any]] = [[None] * len(request.sequences) for request in requests]
+        for plan in prompt_tree.plan_passes(branches, self._token_budget):
+            for leaf, values in zip(plan.leaves, self._run(plan, records), strict=True):
+                answers[leaf.branch][leaf.record] = values
+        return answers
+
+    def _run(self, plan: TreePlan, records: list[list[Record]]) -> list[Float32[np.ndarray, "seq 6"]]:
+        """One pass; log-probabilities of each of its records."""
+        tree = prompt_tree.pack(plan.segments, self.header_length)
+        logits = self._model(
+            input_ids=tree.ids[None].to(self._device),
+            position_ids=tree.position_ids[None].to(self._device),
+            attention_mask=prompt_tree.block_mask(tree, self.header_length, self._dtype, self._device),
+            past_key_values=DynamicCache(self._header_kv),  # shares the header's tensors, and grows without them
+            use_cache=True,
+        ).logits[0]
+        reads = [records[leaf.branch][leaf.record].reads for leaf in plan.leaves]
+        rows = [
+            tree.starts[leaf.segment] + read
+            for leaf, of_leaf in zip(plan.leaves, reads, strict=True)
+            for read in of_leaf
+        ]
+        values = logits[torch.tensor(rows, device=logits.device)].float().log_softmax(-1).cpu()
+        return [part.numpy() for part in values.split([len(of_leaf) for of_leaf in reads])]
+
+    def _check_lengths(self, branches: list[Branch]) -> None:
+        longest = max((len(b.rule) + max(map(len, b.records), default=0) for b in branches), default=0)
+        prompt_tree.check_length(self._model, self.header_length + longest)
+
+    @torch.inference_mode()
+    def _read_header(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values of the header, by layer."""
+        # Without the model's config, or layers with a sliding window would keep only the end of the header.
+        cache = DynamicCache()
+        ids: Int64[torch.Tensor, "1 header"] = torch.tensor([self._prompt.header], device=self._device)
+        self._model(input_ids=ids, past_key_values=cache, use_cache=True)
+        return [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[attr-defined]
+
+    def _log_probs_nulls_once(self, requests: list[RuleRequest]) -> list[list[Float32[np.ndarray, "seq 6"]]]:
+        """`log_probs`, which remembers what null explanations gave: it depends on the sequence alone."""
+        fresh = [
+            request._replace(
+                sequences=tuple(s for s in request.sequences if (request.rule, s.tokens) not in self._nulls)
+            )
+            for request in requests
+        ]
+        answers = []
+        for request, new, values in zip(requests, fresh, self.log_probs(fresh), strict=True):
+            if request.rule in NULL_EXPLANATIONS:
+                self._nulls.update(((new.rule, s.tokens), v) for s, v in zip(new.sequences, values, strict=True))
+                values = [self._nulls[request.rule, sequence.tokens] for sequence in request.sequences]
+            answers.append(values)
+        return answers
+
+
+def load_model(
+    name: str, revision: str | None, dtype: torch.dtype, device: str, quantization: Quantization
+) -> PreTrainedModel:
+    """A causal LM on one device, ready to be read from.
+
+    Raises:
+        UserError: quantization is asked for without bitsandbytes, or the model has no LM head of its own.
+    """
+    options: dict[str, Any] = {"revision": revision, "dtype": dtype, "device_map": None}
+    if quantization != "none":
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise UserError(
+                f"quantization is {quantization!r}, which needs bitsandbytes: pip install 'rayinterp[quant]'"
+            )
+        bits = {"load_in_8bit": True} if quantization == "8bit" else {"load_in_4bit": True}
+        options["quantization_config"] = BitsAndBytesConfig(**bits, bnb_4bit_compute_dtype=dtype)
+        options["device_map"] = {"": device}
+    model = AutoModelForCausalLM.from_pretrained(name, **options).eval().requires_grad_(False)
+    if model.get_output_embeddings() is None:
+        raise UserError(f"simulator model {name!r} ({type(model).__name__}) has no LM head to read digits from")
+    return model if quantization != "none" else model.to(device)

@@ -1,0 +1,424 @@
+"""The Lance tables of a run: their schemas, and the only code that reads or writes them.
+
+    sequences -> activations, features -> embeddings -> records -> candidates, explanations -> scores
+
+One folder `<table>.lance` per table under the run directory. Two ways in:
+
+- `append` writes rows and commits at once, and leaves out rows whose key is already there (the first write wins);
+- `write_fragments` (in a worker) and `commit` (in the driver) split the two, so that a thousand shards written by a
+  hundred actors are a handful of commits; `stream_commit` drives them over a Ray Dataset.
+
+What is finished is always read from the tables themselves. This module knows nothing of models or prompts.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import lance
+import lance_ray
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray.data
+
+COMMIT_SECONDS = 2.0
+"""Fragments are committed in groups this far apart: a commit per shard makes a manifest per shard."""
+
+
+def _field(name: str, type_: pa.DataType, sentence: str) -> pa.Field:
+    return pa.field(name, type_, metadata={"description": sentence})
+
+
+_FEATURE = [
+    _field("feature_key", pa.string(), "Printed feature id, e.g. layer_12/4711."),
+    _field("sae", pa.string(), "Name of the SAE in the config."),
+    _field("feature", pa.int32(), "Index of the latent within its SAE."),
+]
+_INT32S, _INT64S, _FLOATS = pa.list_(pa.int32()), pa.list_(pa.int64()), pa.list_(pa.float32())
+
+SCHEMAS: dict[str, pa.Schema] = {
+    "sequences": pa.schema(
+        [
+            _field("sequence_id", pa.int64(), "Stable id: input file, document and window packed into one number."),
+            _field("document_id", pa.int64(), "Hash of the document's text, so copies of a document share a split."),
+            _field("subset", pa.string(), "Part of the corpus, e.g. the Pile's pile_set_name."),
+            _field("split", pa.string(), "train, valid or test, drawn by document."),
+            _field("shard", pa.int32(), "Unit of work of the harvest and index stages."),
+            _field("row", pa.int32(), "Place within the shard."),
+            _field("token_ids", _INT32S, "Text tokens, without BOS; all positions in other tables index this list."),
+            _field("text", pa.string(), "The window's text."),
+        ]
+    ),
+    "activations": pa.schema(
+        [
+            *_FEATURE,
+            _field("shard", pa.int32(), "Shard of the sequences; feature = -1 marks the shard as finished."),
+            _field("rows", _INT32S, "Rows of the shard in which the feature is active, ascending."),
+            _field("max_activations", _FLOATS, "Largest activation in each of those rows."),
+            _field("offsets", _INT32S, "CSR offsets into positions and values, one more than rows."),
+            _field("positions", pa.list_(pa.uint16()), "Token positions of the non-zero activations."),
+            _field("values", _FLOATS, "The non-zero activations, in the SAE's own units."),
+            _field("num_sequences", pa.int64(), "On the marker row: sequences in the shard."),
+            _field("num_tokens", pa.int64(), "On the marker row: tokens in the shard."),
+        ]
+    ),
+    "features": pa.schema(
+        [
+            *_FEATURE,
+            _field("num_sequences", pa.int64(), "Sequences in which the feature is active, all splits."),
+            _field("num_tokens", pa.int64(), "Tokens at which the feature is active, all splits."),
+            _field("density", pa.float64(), "Share of all tokens at which the feature is active."),
+            _field("max_activation", pa.float32(), "Largest activation over train documents: the scale of scores."),
+            _field("mean_activation", pa.float32(), "Mean of the non-zero activations."),
+            _field("quantiles", _FLOATS, "0, 25, 50, 75, 90, 99 and 100 % quantiles of the non-zero activations."),
+            _field("top_sequence_ids", _INT64S, "Sequences with the highest maximum, best first."),
+            _field("top_activations", _FLOATS, "Their maxima."),
+            _field("status", pa.string(), "live, dead, too_few (train sequences) or dense."),
+        ]
+    ),
+    "embeddings": pa.schema(
+        [
+            _field("sequence_id", pa.int64(), "The sequence."),
+            _field("split", pa.string(), "Its split, for prefilters."),
+            _field("shard", pa.int32(), "Its shard: what is finished is read from here."),
+            _field("vector", pa.list_(pa.float16()), "L2-normalised sentence embedding (fixed size on disk)."),
+        ]
+    ),
+    "records": pa.schema(
+        [
+            *_FEATURE,
+            _field("split", pa.string(), "train, valid or test."),
+            _field("source", pa.string(), "Why it was chosen: positive, random_negative, similar_negative, ..."),
+            _field("rank", pa.int32(), "Place within the source."),
+            _field("sequence_id", pa.int64(), "The sequence."),
+            _field("document_id", pa.int64(), "Its document: what the bootstrap resamples."),
+            _field("token_ids", _INT32S, "Its tokens in the subject model's vocabulary."),
+            _field("tokens", pa.list_(pa.string()), "Its tokens as text."),
+            _field("activations", _FLOATS, "The feature's activation at each token."),
+            _field("similarity", pa.float32(), "Cosine to the mean of the positives; null where it played no part."),
+        ]
+    ),
+    "record_counts": pa.schema(
+        [
+            *_FEATURE,
+            _field("split", pa.string(), "train, valid or test."),
+            _field("source", pa.string(), "The source of the records counted."),
+            _field("requested", pa.int32(), "Records that the config asks for."),
+            _field("found", pa.int32(), "Records that there are."),
+            _field("status", pa.string(), "ok, short, or the feature's own status where no records were drawn."),
+        ]
+    ),
+    "holistic": pa.schema(
+        [
+            _field("feature_key", pa.string(), "Printed feature id."),
+            _field("sequence_id", pa.int64(), "The sequence."),
+            _field("values", _FLOATS, "Fall of the mean activation when each token is dropped."),
+        ]
+    ),
+    "candidates": pa.schema(
+        [
+            _field("feature_key", pa.string(), "Printed feature id."),
+            _field("explainer", pa.string(), "Explainer arm, name@hash."),
+            _field("simulator", pa.string(), "Simulator that scored the node, name@hash."),
+            _field("node", pa.int32(), "Number of the node within the search."),
+            _field("parent", pa.int32(), "Its parent; null for a root."),
+            _field("depth", pa.int32(), "0 for roots."),
+            _field("kind", pa.string(), "llm, lexical or revision."),
+            _field("explanation", pa.string(), "The explanation as JSON; null where none could be parsed."),
+            _field("status", pa.string(), "ok, duplicate, parse_error, llm_error, or why the score is undefined."),
+            _field("train_score", pa.float32(), "Correlation on train records."),
+            _field("valid_score", pa.float32(), "Correlation on valid records."),
+            _field("thought", pa.string(), "Raw answer of the LLM, kept also where it did not parse."),
+            _field("feedback", pa.string(), "What the explainer was told about the parent."),
+            _field("prompt_tokens", pa.int64(), "Tokens read by the LLM for this node."),
+            _field("completion_tokens", pa.int64(), "Tokens written by the LLM for this node."),
+            _field("cost_usd", pa.float64(), "Price of the node's calls; null without a price."),
+        ]
+    ),
+    "explanations": pa.schema(
+        [
+            *_FEATURE,
+            _field("explainer", pa.string(), "Explainer arm, name@hash."),
+            _field("simulator", pa.string(), "Simulator that guided the search, name@hash."),
+            _field("explanation", pa.string(), "The winner as JSON; null where there is none."),
+            _field("train_score", pa.float32(), "Correlation on train records."),
+            _field("valid_score", pa.float32(), "Correlation on valid records: what the winner was chosen by."),
+            _field("num_candidates", pa.int32(), "Nodes of the search."),
+            _field("status", pa.string(), "ok, no_records, or no_explanation."),
+            _field("cost_usd", pa.float64(), "Price of the search; null without a price."),
+        ]
+    ),
+    "simulations": pa.schema(
+        [
+            _field("simulator", pa.string(), "Simulator arm, name@hash of what the log-probabilities depend on."),
+            _field("rule_hash", pa.string(), "Hash of the rule's words."),
+            _field("sequence_id", pa.int64(), "The sequence."),
+            _field(
+                "log_probs",
+                pa.list_(pa.float16()),
+                "Six raw log-probabilities (digits 0-5) per token, one token after another.",
+            ),
+        ]
+    ),
+    "llm_calls": pa.schema(
+        [
+            _field("request_hash", pa.string(), "Hash of the whole request: model, messages, sampling, seed."),
+            _field("feature_key", pa.string(), "The feature it was made for, for the bill."),
+            _field("model", pa.string(), "Model that answered."),
+            _field("request", pa.string(), "The request as JSON, without secrets."),
+            _field("response", pa.string(), "The answer's text."),
+            _field("finish_reason", pa.string(), "stop, or length where the answer was cut off."),
+            _field("prompt_tokens", pa.int64(), "Tokens read."),
+            _field("completion_tokens", pa.int64(), "Tokens written."),
+            _field("cost_usd", pa.float64(), "Price by the config's table; null without one."),
+            _field("seconds", pa.float64(), "Wall time of the call."),
+        ]
+    ),
+    "test_records": pa.schema(
+        [
+            *_FEATURE,
+            _field("rank", pa.int32(), "Place within the feature's set."),
+            _field("sequence_id", pa.int64(), "The sequence."),
+            _field("document_id", pa.int64(), "Its document."),
+            _field("token_ids", _INT32S, "Its tokens."),
+            _field("tokens", pa.list_(pa.string()), "Its tokens as text."),
+            _field("activations", _FLOATS, "The feature's activation at each token (all zero)."),
+        ]
+    ),
+    "scores": pa.schema(
+        [
+            *_FEATURE,
+            _field("explainer", pa.string(), "Explainer arm, name@hash."),
+            _field("control", pa.string(), "Empty for the explanation itself; else null, shuffled or token_lookup."),
+            _field("simulator", pa.string(), "Simulator arm, name@hash."),
+            _field("scorer", pa.string(), "correlation, r2, r2_uncentered, abs_dev_explained, auroc."),
+            _field("source", pa.string(), "Complementary source of the records."),
+            _field("split", pa.string(), "Split of the records."),
+            _field("value", pa.float64(), "The score; null where undefined."),
+            _field("ci_low", pa.float64(), "Lower end of the 95 % bootstrap interval over documents."),
+            _field("ci_high", pa.float64(), "Upper end."),
+            _field("num_records", pa.int32(), "Records scored."),
+            _field("false_positives_per_sequence", pa.float64(), "Silent tokens predicted above 1, per silent record."),
+            _field("status", pa.string(), "ok, wide (few records), or why there is no value."),
+        ]
+    ),
+    "predictions": pa.schema(
+        [
+            _field("feature_key", pa.string(), "Printed feature id."),
+            _field("explainer", pa.string(), "Explainer arm, name@hash."),
+            _field("simulator", pa.string(), "Simulator arm, name@hash."),
+            _field("split", pa.string(), "Split of the record."),
+            _field("source", pa.string(), "Source of the record."),
+            _field("sequence_id", pa.int64(), "The sequence."),
+            _field("values", _FLOATS, "Simulated activation at each token, 0-5."),
+        ]
+    ),
+}
+
+KEYS: dict[str, list[str]] = {
+    "sequences": ["sequence_id"],
+    "activations": ["feature_key", "shard"],
+    "features": ["feature_key"],
+    "embeddings": ["sequence_id"],
+    "records": ["feature_key", "split", "source", "rank"],
+    "record_counts": ["feature_key", "split", "source"],
+    "holistic": ["feature_key", "sequence_id"],
+    "candidates": ["feature_key", "explainer", "simulator", "node"],
+    "explanations": ["feature_key", "explainer", "simulator"],
+    "simulations": ["simulator", "rule_hash", "sequence_id"],
+    "llm_calls": ["request_hash"],
+    "test_records": ["feature_key", "rank"],
+    "scores": ["feature_key", "explainer", "control", "simulator", "scorer", "source", "split"],
+    "predictions": ["feature_key", "explainer", "simulator", "split", "source", "sequence_id"],
+}
+
+VOLATILE: dict[str, list[str]] = {"llm_calls": ["seconds"]}
+"""Columns that may differ between two runs of the same work."""
+
+_BTREE_COLUMNS: dict[str, list[str]] = {
+    "sequences": ["sequence_id", "shard"],
+    "activations": ["feature_key"],
+    "embeddings": ["sequence_id"],
+    "records": ["feature_key"],
+}
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The tables under one run directory (a local path, `s3://...` or `gs://...`)."""
+
+    root: str
+    storage_options: dict[str, str] | None = None
+
+    def uri(self, table: str) -> str:
+        if table not in SCHEMAS:
+            raise KeyError(f"no table {table!r}; the tables are {', '.join(SCHEMAS)}")
+        return f"{self.root.rstrip('/')}/{table}.lance"
+
+    def open(self, table: str) -> lance.LanceDataset | None:
+        """The table's newest version, or None where it has not been created yet."""
+        try:
+            return lance.dataset(self.uri(table), storage_options=self.storage_options)
+        except (ValueError, FileNotFoundError) as error:
+            if "not found" in str(error).lower():
+                return None
+            raise
+
+    def exists(self, table: str) -> bool:
+        return self.open(table) is not None
+
+    def read(self, table: str, columns: Sequence[str] | None = None, where: str | None = None) -> pa.Table:
+        """Rows that pass the SQL filter `where`; an empty table where nothing has been written yet."""
+        dataset = self.open(table)
+        if dataset is None:
+            empty = SCHEMAS[table].empty_table()
+            return empty if columns is None else empty.select(list(columns))
+        return dataset.to_table(columns=None if columns is None else list(columns), filter=where)
+
+    def ray_dataset(
+        self, table: str, columns: Sequence[str] | None = None, where: str | None = None
+    ) -> ray.data.Dataset:
+        """The same rows as a Ray Dataset, read by the cluster's workers."""
+        return lance_ray.read_lance(
+            self.uri(table),
+            columns=None if columns is None else list(columns),
+            filter=where,
+            storage_options=self.storage_options,
+        )
+
+    def count(self, table: str, where: str | None = None) -> int:
+        dataset = self.open(table)
+        return 0 if dataset is None else dataset.count_rows(where)
+
+    def distinct(self, table: str, column: str, where: str | None = None) -> set[Any]:
+        """Values of one column; what is left to do is what there is, less these."""
+        return set(pc.unique(self.read(table, [column], where)[column]).to_pylist())
+
+    def append(self, table: str, rows: pa.Table | list[dict[str, Any]]) -> None:
+        """Adds rows in one commit; a row whose key is already there is left out."""
+        data = to_arrow(table, rows)
+        if data.num_rows == 0:
+            return
+        dataset = self.open(table)
+        if dataset is None:
+            lance.write_dataset(data, self.uri(table), storage_options=self.storage_options)
+        else:
+            dataset.merge_insert(KEYS[table]).when_not_matched_insert_all().execute(data)
+
+    def create(self, table: str, rows: pa.Table | list[dict[str, Any]]) -> None:
+        """Writes a whole table in one commit, in place of what is there: for a stage that finishes at once."""
+        data = to_arrow(table, rows)
+        lance.write_dataset(data, self.uri(table), mode="overwrite", storage_options=self.storage_options)
+
+    def create_empty(self, table: str, schema: pa.Schema | None = None) -> None:
+        """Makes the table if there is none, so that workers can write fragments into it."""
+        if not self.exists(table):
+            empty = (schema or SCHEMAS[table]).empty_table()
+            lance.write_dataset(empty, self.uri(table), storage_options=self.storage_options)
+
+    def write_fragments(self, table: str, rows: pa.Table) -> list[str]:
+        """Writes data files that no reader sees yet; returns their metadata as JSON for `commit`."""
+        fragments = lance.fragment.write_fragments(
+            rows, self.uri(table), schema=rows.schema, mode="append", storage_options=self.storage_options
+        )
+        return [json.dumps(fragment.to_json()) for fragment in fragments]
+
+    def commit(self, table: str, fragments: Iterable[str]) -> None:
+        """Makes written fragments visible, all of them in one commit."""
+        metadata = [lance.FragmentMetadata.from_json(fragment) for fragment in fragments]
+        dataset = self.open(table)
+        assert dataset is not None, f"commit to {table} before create_empty"
+        if metadata:
+            lance.LanceDataset.commit(
+                self.uri(table),
+                lance.LanceOperation.Append(metadata),
+                read_version=dataset.version,
+                storage_options=self.storage_options,
+            )
+
+    def stream_commit(self, table: str, results: ray.data.Dataset) -> Iterator[dict[str, Any]]:
+        """Runs a Ray Dataset whose rows carry `fragments` (JSON strings) and commits them in groups.
+
+        Yields each row once its fragments are visible, so a caller that counts them counts what a crash cannot undo.
+        """
+        waiting: list[dict[str, Any]] = []
+        last_commit = time.monotonic()
+        for row in results.iter_rows():
+            waiting.append(row)
+            if time.monotonic() - last_commit > COMMIT_SECONDS:
+                self.commit(table, [f for row in waiting for f in row["fragments"]])
+                yield from waiting
+                waiting, last_commit = [], time.monotonic()
+        self.commit(table, [f for row in waiting for f in row["fragments"]])
+        yield from waiting
+
+    def finish(self, table: str) -> None:
+        """Compacts small files, indexes the key columns, drops old versions and files that no version names.
+
+        Only while no writer is live: files written and not yet committed would go too.
+        """
+        dataset = self.open(table)
+        if dataset is None:
+            return
+        dataset.optimize.compact_files()
+        for column in _BTREE_COLUMNS.get(table, []):
+            dataset.create_scalar_index(column, "BTREE", replace=True)
+        dataset.cleanup_old_versions(older_than=timedelta(0), delete_unverified=True)
+
+
+def to_arrow(table: str, rows: pa.Table | list[dict[str, Any]]) -> pa.Table:
+    """Rows in the table's schema: columns that a row leaves out are null, a column that the table lacks is an error."""
+    if isinstance(rows, pa.Table):
+        return rows
+    schema = SCHEMAS[table]
+    unknown = {name for row in rows for name in row} - set(schema.names)
+    if unknown:
+        raise KeyError(f"table {table} has no column {sorted(unknown)}")
+    return pa.Table.from_pylist(rows, schema=schema)
+
+
+def embeddings_schema(dim: int, dtype: pa.DataType) -> pa.Schema:
+    """The schema of `embeddings` for vectors of one length: an index needs a fixed size."""
+    schema = SCHEMAS["embeddings"]
+    index = schema.get_field_index("vector")
+    return schema.set(index, schema.field(index).with_type(pa.list_(dtype, dim)))
+
+
+def sql_in(column: str, values: Iterable[Any]) -> str:
+    """`column in (...)`, quoted; false for no values."""
+    quoted = [str(v) if isinstance(v, int) else "'" + str(v).replace("'", "''") + "'" for v in values]
+    return f"{column} in ({', '.join(quoted)})" if quoted else "false"
+
+
+class Committer:
+    """Gathers rows from many actors and appends them in groups: run as one Ray actor a run.
+
+    A small commit costs milliseconds and a manifest; a search produces rows every second for hours.
+    """
+
+    def __init__(self, tables: Tables) -> None:
+        self._tables = tables
+        self._rows: dict[str, list[dict[str, Any]]] = {}
+        self._last_flush = time.monotonic()
+
+    def add(self, rows: dict[str, list[dict[str, Any]]]) -> None:
+        """Takes rows by table; `rows` of one call become visible in the order of its tables."""
+        for table, new in rows.items():
+            self._rows.setdefault(table, []).extend(new)
+        if time.monotonic() - self._last_flush > COMMIT_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Commits what is waiting. A winner goes after the nodes that led to it: its row marks the feature finished."""
+        for table in sorted(self._rows, key=_COMMIT_ORDER.index):
+            self._tables.append(table, self._rows[table])
+        self._rows.clear()
+        self._last_flush = time.monotonic()
+
+
+_COMMIT_ORDER = ["llm_calls", "simulations", "candidates", "predictions", "test_records", "explanations", "scores"]

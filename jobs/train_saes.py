@@ -159,7 +159,7 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, layers: l
         dataset_path=embedded.DATASET,
         context_size=1 + WINDOW,
         prepend_bos=True,
-        exclude_special_tokens=[tokenizer.bos_token_id],  # an attention sink: its norm is hundreds of times the others'
+        exclude_special_tokens=[tokenizer.bos_token_id],  # an attention sink, up to 150 times as long as other tokens
         training_tokens=num_tokens,
         train_batch_size_tokens=BATCH,
         store_batch_size_prompts=64,

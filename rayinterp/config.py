@@ -73,7 +73,7 @@ class SubjectConfig(_Section):
 
 class CorpusConfig(_Section):
     dataset: str
-    """Hugging Face dataset, a local file or folder (jsonl, jsonl.zst, jsonl.gz, parquet, txt), `embedded`, `planted`."""
+    """Hugging Face dataset, local file or folder (jsonl, jsonl.zst, jsonl.gz, parquet, txt), `embedded` or `planted`."""
     files: str | None = None
     """Glob of input files within the dataset, e.g. `train/*.jsonl.zst`; by default all that can be read."""
     text_field: str = "text"
@@ -259,7 +259,9 @@ class TransformersSimulatorConfig(_Section):
     """Tokens packed into one pass."""
     num_features: int | None = None
     """Features per SAE that the score stage grades with it; null for all."""
-    max_pairs: int | None = None
+    max_records: int | None = Field(None, gt=0)
+    """Test records per source that the score stage grades with it; null for all."""
+    max_pairs: int | None = Field(None, gt=0)
     """(rule, record) pairs that the score stage may spend; features beyond it are not started."""
 
 

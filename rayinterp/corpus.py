@@ -1,4 +1,4 @@
-"""Corpus: streams documents, cuts them into fixed-length token sequences with stable ids and splits. Writes `sequences`.
+"""Corpus: streams documents and cuts them into fixed-length sequences with stable ids and splits. Writes `sequences`.
 
 One task per input file, each with its own quota, so the table depends on the config alone and not on the number of
 workers. What is left out is counted by reason.

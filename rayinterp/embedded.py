@@ -28,8 +28,8 @@ MODEL = "embedded/smollm2-135m"
 EMBEDDER = "embedded/minilm-l6"
 DATASET = "embedded"
 SAES = ("embedded/layer_5", "embedded/layer_9")
-# No SAE after layer 10: from layer 11 on, the first text token of one window in twenty is a second attention sink, 20 to
-# 150 times as long as other tokens, and features that fire on it would show nothing else among their top sequences.
+# No SAE after layer 10: from layer 11 on, the first text token of one window in twenty is a second attention sink, 20
+# to 150 times as long as other tokens, and features that fire on it would show nothing else in their top sequences.
 CORPUS_SUBSETS: tuple[str, ...] = ("speeches", "pydoc", "stdlib", "readmes")
 
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -244,9 +244,10 @@ def _readmes() -> Iterator[str]:
     """The long descriptions of installed distributions, rayinterp's own left out: it would change with every edit."""
     readmes = {}
     for distribution in metadata.distributions():
-        name = distribution.metadata.get("Name")
-        if name and name != "rayinterp":
-            # The first on sys.path is the one that is imported.
-            readmes.setdefault(name.lower(), distribution.metadata.get("Description") or "")
+        fields = distribution.metadata
+        if {"Name", "Description"} <= set(fields) and fields["Name"] != "rayinterp":
+            readmes.setdefault(
+                fields["Name"].lower(), fields["Description"]
+            )  # the first on sys.path is what is imported
     for name in sorted(readmes):
         yield readmes[name]

@@ -7,6 +7,7 @@ The only stage that reads test records. What is graded is decided from tables an
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from rayinterp.explanation import Explanation, from_json
 from rayinterp.harvest import Progress
 from rayinterp.records import ActivationRecord, generator_for, load_records
 from rayinterp.score import SCORERS, WIDE_BELOW, Score, false_positives_per_sequence, score_all
-from rayinterp.simulate.simulator import CONTROL_NULLS, RuleRequest, combine
+from rayinterp.simulate.simulator import CONTROL_NULLS, NULL_EXPLANATIONS, RuleRequest, combine
 from rayinterp.subject import FeatureId, interleave
 from rayinterp.tables import Tables, sql_in
 
@@ -187,6 +188,38 @@ def unscored_rows(
     ]
 
 
+def read_explanations(tables: Tables, explainers: list[str]) -> dict[FeatureId, dict[str, Explanation]]:
+    """Winners by feature and explainer arm id; a feature for which no explainer found any has an empty entry."""
+    rows = tables.read("explanations", ["feature_key", "explainer", "explanation"], sql_in("explainer", explainers))
+    by_feature: dict[FeatureId, dict[str, Explanation]] = {}
+    for row in rows.to_pylist():
+        explanations = by_feature.setdefault(FeatureId.parse(row["feature_key"]), {})
+        if row["explanation"] is not None:
+            explanations[row["explainer"]] = from_json(row["explanation"])
+    return by_feature
+
+
+def count_test_records(tables: Tables, max_records: int | None) -> Counter[str]:
+    """Test records by feature, at most `max_records` of each source."""
+    counts: Counter[str] = Counter()
+    for row in tables.read("record_counts", ["feature_key", "found"], "split = 'test'").to_pylist():
+        counts[row["feature_key"]] += row["found"] if max_records is None else min(row["found"], max_records)
+    return counts
+
+
+def shuffled_explanations(
+    feature: FeatureId, by_feature: dict[FeatureId, dict[str, Explanation]], config: RunConfig
+) -> dict[str, list[Explanation]]:
+    """For each explainer that explained the feature, what it said of some other features."""
+    shuffled = {}
+    for name in by_feature[feature]:
+        others = [other for other, explanations in by_feature.items() if name in explanations]
+        chosen = shuffled_features(feature, others, config.score.num_shuffled, config.seed)
+        if chosen:
+            shuffled[name] = [by_feature[other][name] for other in chosen]
+    return shuffled
+
+
 def plan_grading(
     config: RunConfig, tables: Tables, simulator: str, explainers: list[str]
 ) -> tuple[list[FeatureWork], list[dict[str, Any]]]:
@@ -195,64 +228,62 @@ def plan_grading(
     Budgets count pairs whether or not they are remembered, so that a resumed run grades the same features.
     """
     arm = config.simulators[simulator]
-    columns = ["feature_key", "explainer", "explanation", "status"]
-    rows = tables.read("explanations", columns, sql_in("explainer", explainers)).to_pylist()
-    by_feature: dict[FeatureId, dict[str, Explanation]] = {}
-    for row in rows:
-        explanations = by_feature.setdefault(FeatureId.parse(row["feature_key"]), {})
-        if row["explanation"] is not None:
-            explanations[row["explainer"]] = from_json(row["explanation"])
-    counts = tables.read("record_counts", ["feature_key", "found"], "split = 'test'").to_pylist()
-    num_records: dict[str, int] = {}
-    for count in counts:
-        num_records[count["feature_key"]] = num_records.get(count["feature_key"], 0) + count["found"]
-    work, unscored = [], []
-    pairs_left = arm.max_pairs if isinstance(arm, TransformersSimulatorConfig) else None
-    per_sae: dict[str, int] = {}
+    llm = arm if isinstance(arm, TransformersSimulatorConfig) else None
+    pairs_left = llm.max_pairs if llm else None
+    num_nulls = len(NULL_EXPLANATIONS) if llm and llm.calibration != "none" else 0
+    num_records = count_test_records(tables, llm.max_records if llm else None)
+    by_feature = read_explanations(tables, explainers)
+    work: list[FeatureWork] = []
+    unscored: list[dict[str, Any]] = []
+
+    def leave_out(feature: FeatureId, names: list[str], status: str) -> None:
+        unscored.extend(unscored_rows(feature, names, arm_id(simulator, arm), config.records.complementary, status))
+
+    taken: Counter[str] = Counter()
     for feature in interleave(sorted(by_feature)):
-        explanations = by_feature[feature]
-        place = per_sae[feature.sae] = per_sae.get(feature.sae, 0) + 1
-        if arm.num_features is not None and place > arm.num_features:
+        if arm.num_features is not None and taken[feature.sae] >= arm.num_features:
             continue
-        missing = [name for name in explainers if name not in explanations]
-        unscored += unscored_rows(
-            feature, missing, arm_id(simulator, arm), config.records.complementary, "no_explanation"
-        )
+        taken[feature.sae] += 1
+        explanations = by_feature[feature]
+        leave_out(feature, [name for name in explainers if name not in explanations], "no_explanation")
         if not explanations:
             continue
-        shuffled = {
-            name: [
-                by_feature[other][name]
-                for other in shuffled_features(
-                    feature, [f for f, e in by_feature.items() if name in e], config.score.num_shuffled, config.seed
-                )
-            ]
-            for name in explanations
-        }
-        one = FeatureWork(feature, explanations, {name: group for name, group in shuffled.items() if group})
+        one = FeatureWork(feature, explanations, shuffled_explanations(feature, by_feature, config))
         if pairs_left is not None:
-            pairs_left -= len(one.rules()) * num_records[str(feature)]
-            if pairs_left < 0:
-                names = list(explanations)
-                unscored += unscored_rows(
-                    feature, names, arm_id(simulator, arm), config.records.complementary, "no_budget"
-                )
-                continue
-        work.append(one)
+            pairs_left -= (len(one.rules()) + num_nulls) * num_records[str(feature)]
+        if pairs_left is not None and pairs_left < 0:
+            leave_out(feature, list(explanations), "no_budget")
+        else:
+            work.append(one)
     return work, unscored
+
+
+def first_of_each_source(records: list[ActivationRecord], count: int | None) -> list[ActivationRecord]:
+    """The first `count` records of every source; all of them for None."""
+    seen: dict[str, int] = {}
+    kept = []
+    for record in records:
+        seen[record.source] = seen.get(record.source, 0) + 1
+        if count is None or seen[record.source] <= count:
+            kept.append(record)
+    return kept
 
 
 def grade_block(block: list[FeatureWork], simulator: str, config: RunConfig, tables: Tables) -> Graded:
     """Grades some features: one request to the simulator service each."""
     handle = serve.get_app_handle(f"simulator-{simulator}")
+    arm = config.simulators[simulator]
+    max_records = arm.max_records if isinstance(arm, TransformersSimulatorConfig) else None
     loaded = [load_records(tables, work.feature, ("train", "test")) for work in block]
+    for records in loaded:
+        records["test"] = first_of_each_source(records["test"], max_records)
     responses = [
         handle.simulate.remote([RuleRequest(rule, tuple(r.sequence for r in records["test"])) for rule in work.rules()])
         for work, records in zip(block, loaded, strict=True)
     ]
     scores: list[dict[str, Any]] = []
     predictions: list[dict[str, Any]] = []
-    name = arm_id(simulator, config.simulators[simulator])
+    name = arm_id(simulator, arm)
     for work, records, response in zip(block, loaded, responses, strict=True):
         simulated = dict(zip(work.rules(), response.result(), strict=True))
         graded = grade(work, name, records, simulated, config)

@@ -34,7 +34,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "function": ("the", "a", "near", "under", "with", "and", "of", "in"),
     "rare": ("zither",),
 }
-VOCABULARY: tuple[str, ...] = tuple(word for group in GROUPS.values() for word in group) + (".",)
+VOCABULARY: tuple[str, ...] = (*(word for group in GROUPS.values() for word in group), ".")
 
 Fires = Callable[[Sequence[str]], "list[float]"]
 """Words of a sequence to a strength between 0 and 1 at each of them."""

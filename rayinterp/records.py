@@ -28,7 +28,7 @@ from rayinterp.subject import FeatureId
 from rayinterp.tables import Tables, sql_in
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int
+    from jaxtyping import Float, Int
 
 SPLITS = ("train", "valid", "test")
 BLOCK = 32

@@ -1,6 +1,7 @@
 """One-shot explanations: records in, candidate explanation out; and the feedback from which one is revised.
 
-Knows prompts and parsing, not search or Ray. A failed parse is an outcome with the raw answer kept, never an explanation.
+Knows prompts and parsing, not search or Ray. A failed parse is an outcome that keeps the raw answer, never an
+explanation.
 """
 
 from __future__ import annotations

@@ -274,7 +274,7 @@ def calls_per_feature(config: RunConfig) -> int:
 
 
 def features_with_llm(config: RunConfig, features: list[FeatureId]) -> set[FeatureId]:
-    """Features that the call budget reaches, in the given order; decided before the first call, so that resuming agrees."""
+    """Features that the call budget reaches, in the given order; decided before the first call: resuming agrees."""
     budgets = [config.llms[name].max_calls for name in llms_used(config)]
     limited = [budget for budget in budgets if budget is not None]
     if not limited:

@@ -95,9 +95,9 @@ class PromptTokens:
 
     def _bos(self) -> list[int]:
         """BOS, where the tokenizer adds one to plain text; a chat template brings its own."""
-        bos = self._tokenizer.bos_token_id
         plain = not self._tokenizer.chat_template
-        return [bos] if plain and bos is not None and self._tokenizer("a").input_ids[:1] == [bos] else []
+        first: list[int] = self._tokenizer("a").input_ids[:1]
+        return first if plain and first == [self._tokenizer.bos_token_id] else []
 
     def _check(self) -> None:
         """Refuses a tokenizer with which digits are not single tokens or lines do not read back as written."""
@@ -128,7 +128,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> str:
     if not tokenizer.chat_template:
         return "".join(m["content"] + ("\n" if m["role"] == "user" else "\n\n") for m in messages)
     text = tokenizer.apply_chat_template(
-        [dict(message) for message in messages],
+        [{"role": m["role"], "content": m["content"]} for m in messages],
         tokenize=False,
         add_generation_prompt=True,
         # Variables of some templates, ignored by others: today's date would be another prompt every day.

@@ -18,7 +18,7 @@ import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, islice
-from typing import TYPE_CHECKING, TypedDict, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, cast
 
 import numpy as np
 from ray import serve
@@ -39,8 +39,6 @@ if TYPE_CHECKING:
 
 MAX_ONGOING_REQUESTS = 64
 """Candidates that one replica takes at a time; Serve's default of a few would leave nothing to merge."""
-BATCH_WAIT_SECONDS = 0.005
-"""An idle engine starts after this wait; a busy one gathers requests for as long as it computes."""
 
 
 class SimulatorStats(TypedDict):
@@ -54,6 +52,13 @@ class SimulatorStats(TypedDict):
     """(rule, sequence) pairs computed, those of null explanations included."""
     num_pairs_remembered: int
     """Pairs that the memo answered."""
+
+
+class _Waiting(NamedTuple):
+    """A candidate in the queue, and where its answer goes."""
+
+    requests: list[RuleRequest]
+    predictions: asyncio.Future[list[list[Prediction]]]
 
 
 class SimulatorReplica:
@@ -79,15 +84,39 @@ class SimulatorReplica:
         self._memo_id = memo_id
         self._committer = committer
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="simulator")
+        self._waiting: list[_Waiting] = []
+        self._worker: asyncio.Task[None] | None = None
         self._num_requests = self._num_engine_calls = self._num_pairs = 0
 
     async def simulate(self, requests: list[RuleRequest]) -> list[list[Prediction]]:
         """Predictions for one candidate, as `Simulator.simulate`."""
-        return await self._simulate_merged(requests)
+        candidate = _Waiting(requests, asyncio.get_running_loop().create_future())
+        self._waiting.append(candidate)
+        if self._worker is None or self._worker.done():
+            self._worker = asyncio.create_task(self._work())
+        return await candidate.predictions
 
-    @serve.batch(max_batch_size=MAX_ONGOING_REQUESTS, batch_wait_timeout_s=BATCH_WAIT_SECONDS)
+    async def _work(self) -> None:
+        """One engine call after another, each for all candidates that wait by then."""
+        while self._waiting:
+            batch, self._waiting = self._waiting, []
+            await self._answer(batch)
+
+    async def _answer(self, batch: list[_Waiting]) -> None:
+        try:
+            answers = await self._simulate_merged([candidate.requests for candidate in batch])
+        except Exception as error:
+            if len(batch) > 1:  # whoever caused it must not take the others along
+                for candidate in batch:
+                    await self._answer([candidate])
+            elif not batch[0].predictions.done():
+                batch[0].predictions.set_exception(error)
+            return
+        for candidate, predictions in zip(batch, answers, strict=True):
+            if not candidate.predictions.done():  # its caller may have given up
+                candidate.predictions.set_result(predictions)
+
     async def _simulate_merged(self, candidates: list[list[RuleRequest]]) -> list[list[list[Prediction]]]:
-        """One engine call for all candidates that wait."""
         loop = asyncio.get_running_loop()
         requests = list(chain.from_iterable(candidates))
         predictions = iter(await loop.run_in_executor(self._thread, self._simulator.simulate, requests))
@@ -99,13 +128,16 @@ class SimulatorReplica:
 
     async def _commit_new(self) -> None:
         """Hands new simulations over before anyone sees a score made from them."""
-        new = self._memo.take_new() if self._memo else {}
-        if new and self._committer is not None:
+        if self._memo is None or not self._memo.new:
+            return
+        if self._committer is not None:
             rows = [
                 {"simulator": self._memo_id, **key._asdict(), "log_probs": log_probs.ravel()}
-                for key, log_probs in new.items()
+                for key, log_probs in self._memo.new.items()
             ]
-            await self._committer.add.remote({"simulations": rows})
+            added: Any = self._committer.add.remote({"simulations": rows})
+            await added
+        self._memo.new.clear()
 
     async def stats(self) -> SimulatorStats:
         return {

@@ -163,7 +163,8 @@ class MemoSimulator:
         self._engine = engine
         self._method: Calibration = method
         self._memo: dict[MemoKey, Float16[np.ndarray, "seq 6"]] = {}
-        self._new: list[MemoKey] = []
+        self.new: dict[MemoKey, Float16[np.ndarray, "seq 6"]] = {}
+        """What the engine computed, until whoever writes it to a table clears it."""
         self.num_remembered = 0
         """Pairs, nulls included, that were asked for and already known."""
         self.num_simulated = 0
@@ -176,17 +177,12 @@ class MemoSimulator:
     def simulate(self, requests: list[RuleRequest]) -> list[list[Prediction]]:
         return simulate_with(self._log_probs, requests, self._method)
 
-    def take_new(self) -> dict[MemoKey, Float16[np.ndarray, "seq 6"]]:
-        """What was computed since the last call, for a table."""
-        new, self._new = self._new, []
-        return {key: self._memo[key] for key in new}
-
     def _log_probs(self, requests: list[RuleRequest]) -> list[list[LogProbs]]:
         missing = self._missing(requests)
         for request, answers in zip(missing, self._engine.log_probs(missing) if missing else [], strict=True):
             for key, log_probs in zip(_keys(request), answers, strict=True):
                 self.remember(key, log_probs)
-                self._new.append(key)
+                self.new[key] = self._memo[key]
         num_missing = sum(len(request.sequences) for request in missing)
         self.num_simulated += num_missing
         self.num_remembered += sum(len(request.sequences) for request in requests) - num_missing

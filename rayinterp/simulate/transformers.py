@@ -88,7 +88,12 @@ class TransformersSimulator:
         self._model = load_model(model, revision, self._dtype, self._device, quantization)
         prompt_tree.check_model(self._model)
         prompt_tree.check_length(self._model, self.header_length)
-        self._model.set_output_embeddings(DigitHead(self._model.get_output_embeddings(), self._prompt.digit_ids))
+        head = self._model.get_output_embeddings()
+        if head is None:
+            raise UserError(
+                f"simulator model {model!r} ({type(self._model).__name__}) has no LM head to read digits from"
+            )
+        self._model.set_output_embeddings(DigitHead(head, self._prompt.digit_ids))
         self._header_kv = self._read_header()
         self._nulls: dict[tuple[str, tuple[str, ...]], Float32[np.ndarray, "seq 6"]] = {}
 
@@ -171,7 +176,7 @@ def load_model(
     """A causal LM on one device, ready to be read from.
 
     Raises:
-        UserError: quantization is asked for without bitsandbytes, or the model has no LM head of its own.
+        UserError: quantization is asked for and bitsandbytes is not installed.
     """
     options: dict[str, Any] = {"revision": revision, "dtype": dtype, "device_map": None}
     if quantization != "none":
@@ -179,10 +184,9 @@ def load_model(
             raise UserError(
                 f"quantization is {quantization!r}, which needs bitsandbytes: pip install 'rayinterp[quant]'"
             )
-        bits = {"load_in_8bit": True} if quantization == "8bit" else {"load_in_4bit": True}
-        options["quantization_config"] = BitsAndBytesConfig(**bits, bnb_4bit_compute_dtype=dtype)
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_8bit=quantization == "8bit", load_in_4bit=quantization == "4bit", bnb_4bit_compute_dtype=dtype
+        )
         options["device_map"] = {"": device}
-    model = AutoModelForCausalLM.from_pretrained(name, **options).eval().requires_grad_(False)
-    if model.get_output_embeddings() is None:
-        raise UserError(f"simulator model {name!r} ({type(model).__name__}) has no LM head to read digits from")
+    model: Any = AutoModelForCausalLM.from_pretrained(name, **options).eval().requires_grad_(False)
     return model if quantization != "none" else model.to(device)

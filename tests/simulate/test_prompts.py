@@ -1,12 +1,12 @@
 """The simulator's prompt: escaping, assembly, chat templates."""
 
 import pytest
-from tiny_simulators import make_tokenizer
 from tokenizers import AddedToken
 
 from rayinterp.errors import UserError
 from rayinterp.prompts import SIMULATOR_EXAMPLES, simulator_messages
 from rayinterp.simulate.prompt_tokens import PromptTokens, escape_token
+from tests.simulate.tiny_simulators import make_tokenizer
 
 
 @pytest.mark.parametrize(

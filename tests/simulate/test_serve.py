@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import ray
 from ray import serve
-from tiny_simulators import save_model
 
 from rayinterp.config import LateInteractionConfig, StageResources, TransformersSimulatorConfig
+from rayinterp.errors import UserError
 from rayinterp.simulate.serve import SimulatorReplica, deploy_simulator, memo_id, read_simulations
 from rayinterp.simulate.simulator import NULL_EXPLANATIONS, RuleRequest, TokenSequence
 from rayinterp.tables import Committer, Tables
+from tests.simulate.tiny_simulators import save_model
 
 SEQUENCES = (
     TokenSequence(1, (" three", " years", " ago", ",")),
@@ -31,31 +32,23 @@ def assert_same(one: list[list[np.ndarray]], two: list[list[np.ndarray]]) -> Non
         np.testing.assert_array_equal(x, y)
 
 
-async def test_a_second_deployment_computes_nothing(ray_session, tmp_path):
+async def test_a_deployed_simulator_leaves_nothing_to_compute_twice(ray_session, tmp_path):
     config, tables = tiny_config(tmp_path / "model"), Tables(str(tmp_path / "run"))
     committer = ray.remote(Committer).options(num_cpus=0).remote(tables)
-    resources = StageResources(num_cpus=0.1)
-
-    handle = deploy_simulator("tiny", config, resources, tables, committer)
-    first = await handle.simulate.remote(CANDIDATE)
-    stats = await handle.stats.remote()
-    assert stats == {
-        "num_requests": 1,
-        "num_engine_calls": 1,
-        "num_pairs_simulated": NUM_PAIRS,
-        "num_pairs_remembered": 0,
-    }
-    serve.delete("simulator-tiny")
-    ray.get(committer.flush.remote())
-    assert tables.count("simulations") == NUM_PAIRS
-
-    handle = deploy_simulator("tiny", config, resources, tables, committer)
-    second = await handle.simulate.remote(CANDIDATE)
+    handle = deploy_simulator("tiny", config, StageResources(num_cpus=0.1), tables, committer)
+    first, again = await asyncio.gather(*(handle.simulate.remote(CANDIDATE) for _ in range(2)))
     stats = await handle.stats.remote()
     serve.delete("simulator-tiny")
+    await committer.flush.remote()
+    assert stats["num_requests"] == 2
+    assert stats["num_pairs_simulated"] == NUM_PAIRS == tables.count("simulations")
+    assert_same(first, again)
+
+    resumed = SimulatorReplica(config, memo_id("tiny", config), tables)
+    assert_same(first, await resumed.simulate(CANDIDATE))
+    stats = await resumed.stats()
     assert stats["num_pairs_simulated"] == 0
     assert stats["num_pairs_remembered"] == NUM_PAIRS
-    assert_same(first, second)
 
 
 def local_committer(tables: Tables) -> SimpleNamespace:
@@ -100,6 +93,17 @@ async def test_the_event_loop_is_free_while_the_engine_computes(tmp_path, monkey
     finish.set()
     assert int((await answer)[0][0].argmax()) == 2
     assert (await replica.stats())["num_pairs_simulated"] == 4
+
+
+async def test_a_failing_candidate_fails_alone(tmp_path):
+    config = tiny_config(tmp_path / "model")
+    replica = SimulatorReplica(config, memo_id("tiny", config), Tables(str(tmp_path)))
+    too_long = [RuleRequest("r", (TokenSequence(3, (" word",) * 1000),))]
+    good, bad, also_good = await asyncio.gather(
+        *(replica.simulate(candidate) for candidate in (CANDIDATE, too_long, CANDIDATE)), return_exceptions=True
+    )
+    assert isinstance(bad, UserError)
+    assert_same(good, also_good)
 
 
 async def test_calibrations_share_a_memo(tmp_path):

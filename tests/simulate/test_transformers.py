@@ -6,13 +6,13 @@ import sys
 import numpy as np
 import pytest
 import torch
-from tiny_simulators import save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig
 
 from rayinterp.errors import UserError
 from rayinterp.simulate.prompt_tokens import PromptTokens
 from rayinterp.simulate.simulator import NULL_EXPLANATIONS, RuleRequest, TokenSequence, expected_value
 from rayinterp.simulate.transformers import TransformersSimulator
+from tests.simulate.tiny_simulators import save_model
 
 TOLERANCE = 2e-4
 """Of a log-probability in float32, over networks whose weights are 20 times the usual size."""

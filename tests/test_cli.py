@@ -1,0 +1,37 @@
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import CONFIGS
+
+
+def rayinterp(*arguments):
+    command = [sys.executable, "-c", "from rayinterp.cli import main; main()", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("stage", ["run", "corpus", "harvest", "index", "records", "explain", "score", "report"])
+def test_a_users_mistake_is_one_message_without_a_traceback(stage, tmp_path):
+    result = rayinterp(stage, str(CONFIGS / "planted.yaml"), f"run_dir={tmp_path}", "corpus.shard_sise=1")
+    assert result.returncode == 2
+    assert "did you mean 'shard_size'" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_show_prints_a_feature_and_names_the_nearest_of_an_unknown_one(planted_run):
+    arguments = ["show", str(CONFIGS / "planted.yaml"), f"run_dir={planted_run.config.run_dir}", "--feature"]
+    shown = rayinterp(*arguments, "planted/0")
+    assert shown.returncode == 0, shown.stderr
+    assert "words about ships and the sea" in shown.stdout
+    unknown = rayinterp(*arguments, "planted/7")
+    assert unknown.returncode == 2
+    assert "planted/5" in unknown.stderr
+
+
+@pytest.mark.parametrize("job", ["run", "corpus", "harvest", "index", "records", "explain", "score", "report"])
+def test_jobs_refuse_to_start_without_a_config(job):
+    script = CONFIGS.parent / "jobs" / f"{job}.py"
+    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2
+    assert "configs/demo.yaml" in result.stderr

@@ -1,0 +1,62 @@
+import pytest
+
+from rayinterp.config import arm_id, differing_fields, load_config, parse_config, to_yaml
+from rayinterp.errors import UserError
+from tests.conftest import CONFIGS
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_config_loads_and_survives_a_round_trip(path):
+    config = load_config(path)
+    assert parse_config(__import__("yaml").safe_load(to_yaml(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("corpus.sequence_lenght=64", ["corpus.sequence_lenght", "did you mean 'sequence_length'"]),
+        ("corpus.sequence_length=4", ["corpus.sequence_length", "8", "4"]),
+        ("simulators.oracle.engin=x", ["simulators.oracle", "'engine'"]),
+        ("explainers.right.simulator=nope", ["explainers.right.simulator", "'nope'", "oracle"]),
+        ("explainers.right.llm=nope", ["explainers.right.llm", "'nope'", "knows"]),
+        ("explainers.right.method=tre", ["explainers.right", "lexical", "one_shot", "tree"]),
+        ("corpus.splits=[0.5,0.5,0.5]", ["splits", "add up to 1"]),
+        ("subject.features=many", ["subject.features", "many"]),
+        ("nonsense", ["key.path=value"]),
+        ("name.x=1", ["'name' is not a section"]),
+    ],
+)
+def test_a_wrong_value_is_one_error_that_names_the_field(override, says):
+    with pytest.raises(UserError) as error:
+        load_config(CONFIGS / "planted.yaml", [override])
+    for words in says:
+        assert words in str(error.value)
+
+
+def test_a_missing_or_broken_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"none\.yaml"):
+        load_config(tmp_path / "none.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1")
+    with pytest.raises(UserError, match="not valid YAML"):
+        load_config(tmp_path / "broken.yaml")
+
+
+def test_configs_are_frozen():
+    config = load_config(CONFIGS / "planted.yaml")
+    with pytest.raises(ValueError, match="frozen"):
+        config.corpus.num_sequences = 1
+
+
+def test_differing_fields_are_upstream_only_and_named():
+    old, new = (
+        load_config(CONFIGS / "planted.yaml", overrides).model_dump(mode="json")
+        for overrides in ([], ["corpus.shard_size=7", "score.num_bootstrap=5", "resources.harvest.num_actors=3"])
+    )
+    assert differing_fields(old, new) == ["corpus.shard_size: 512 -> 7"]
+
+
+def test_an_arm_is_named_by_its_content():
+    arm = load_config(CONFIGS / "planted.yaml").explainers["tree"]
+    same = load_config(CONFIGS / "planted.yaml").explainers["tree"]
+    other = load_config(CONFIGS / "planted.yaml", ["explainers.tree.depth=1"]).explainers["tree"]
+    assert arm_id("tree", arm) == arm_id("tree", same) != arm_id("tree", other)

@@ -1,0 +1,30 @@
+import numpy as np
+
+from rayinterp.controls import shuffled_features, token_lookup
+from rayinterp.records import ActivationRecord
+from rayinterp.simulate.simulator import CONTROL_NULLS, NULL_EXPLANATIONS, TokenSequence
+from rayinterp.subject import FeatureId
+
+
+def record(token_ids, activations):
+    tokens = tuple(map(str, token_ids))
+    return ActivationRecord(TokenSequence(0, tokens), 0, "positive", tuple(token_ids), np.array(activations))
+
+
+def test_the_lookup_is_the_mean_over_train_and_silent_on_new_tokens():
+    train = [record([1, 2, 1], [4.0, 0.0, 2.0]), record([2, 3], [0.0, 1.0])]
+    (predicted,) = token_lookup(train, [record([1, 2, 3, 9], [0, 0, 0, 0])])
+    assert predicted.tolist() == [3.0, 0.0, 1.0, 0.0]
+
+
+def test_shuffled_features_are_others_of_the_same_sae():
+    features = [FeatureId(sae, i) for sae in ("a", "b") for i in range(6)]
+    chosen = shuffled_features(features[0], features, 3, seed=0)
+    assert len(set(chosen)) == 3
+    assert all(f.sae == "a" and f != features[0] for f in chosen)
+    assert chosen == shuffled_features(features[0], features[::-1], 3, seed=0)
+    assert shuffled_features(FeatureId("c", 0), features, 3, seed=0) == []
+
+
+def test_calibration_and_control_share_no_null_text():
+    assert not set(CONTROL_NULLS) & set(NULL_EXPLANATIONS)

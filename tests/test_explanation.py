@@ -1,0 +1,63 @@
+import json
+
+import pytest
+
+from rayinterp.explanation import ParseError, Rule, from_json, parse_string, parse_structured, render, to_json
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        '[{"activates_on": "trees", "strength": 4}]',
+        '```json\n[{"activates_on": "trees", "strength": 4}]\n```',
+        'The texts [1-3] are about [wood]: [{"activates_on": "trees", "strength": 4}] I hope [this] helps.',
+        '[{"activates_on": "trees", "strength": "4"},]',
+        '[{"activates_on": " trees ", "strength": 4.0, "why": "seen"}]',
+    ],
+)
+def test_wrapping_is_forgiven(answer):
+    assert parse_structured(answer, 5) == (Rule("trees", 4),)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "",
+        "trees",
+        "[]",
+        "[1, 2]",
+        '[{"activates_on": "", "strength": 4}]',
+        '[{"activates_on": "trees"}]',
+        '[{"activates_on": "trees", "strength": 4.5}]',
+        '[{"activates_on": "trees", "strength": "strong"}]',
+        '[{"activates_on": "trees", "strength": true}]',
+        '[{"activates_on": "trees", "strength": "inf"}]',
+        '[{"activates_on": "trees", "strength": "nan"}]',
+        '[{"activates_on": ["trees"], "strength": 4}]',
+        '[{"activates_on": "trees", "strength": 4}, {"activates_on": "lea',
+    ],
+)
+def test_meaning_is_not_guessed(answer):
+    with pytest.raises(ParseError):
+        parse_structured(answer, 5)
+
+
+def test_strengths_are_clamped_and_rules_capped():
+    answer = json.dumps([{"activates_on": name, "strength": s} for name, s in (("a", 9), ("b", -2), ("c", 1))])
+    assert parse_structured(answer, 2) == (Rule("a", 5), Rule("b", 0))
+
+
+def test_a_string_explanation_is_one_rule_of_full_strength():
+    assert parse_string('Explanation: "names of trees"\nmore') == (Rule("names of trees", 5),)
+    with pytest.raises(ParseError):
+        parse_string(' \n"..." ')
+
+
+def test_json_round_trip_and_rendering():
+    explanation = (Rule('the word "fr\u00eane"', 5), Rule("oaks", 2))
+    assert from_json(to_json(explanation)) == explanation
+    assert render(explanation) == 'the word "fr\u00eane"; oaks (2/5)'
+
+
+def test_the_memo_key_is_the_rules_words_alone():
+    assert Rule("oaks", 5).hash == Rule("oaks", 1).hash != Rule("oak", 5).hash

@@ -1,0 +1,97 @@
+import numpy as np
+import pytest
+
+from rayinterp.errors import UserError
+from rayinterp.harvest import MARKER, check_reconstruction, choose_features, to_postings
+from rayinterp.planted import FEATURES, VOCABULARY, fires
+from tests.conftest import planted_config
+
+
+def test_postings_hold_the_non_zeros_and_nothing_else():
+    dense = np.zeros((4, 5), dtype=np.float32)
+    dense[1, 4], dense[3, 0], dense[3, 2] = 2.0, 1.0, 3.0
+    postings = to_postings(dense)
+    assert postings.rows.tolist() == [1, 3]
+    assert postings.max_activations.tolist() == [2.0, 3.0]
+    assert postings.offsets.tolist() == [0, 1, 3]
+    assert postings.positions.tolist() == [4, 0, 2]
+    assert postings.values.tolist() == [2.0, 1.0, 3.0]
+    assert to_postings(np.zeros((2, 2), dtype=np.float32)) is None
+
+
+def test_a_count_is_a_seeded_sample_not_the_first_features(tmp_path):
+    config = planted_config(tmp_path, "subject.features=20")
+    chosen = choose_features(config, "layer_1", 1000)
+    assert chosen == choose_features(config, "layer_1", 1000) == sorted(set(chosen))
+    assert len(chosen) == 20
+    assert chosen != list(range(20))
+    assert chosen != choose_features(config, "layer_2", 1000)
+    assert chosen != choose_features(config.model_copy(update={"seed": 1}), "layer_1", 1000)
+
+
+@pytest.mark.parametrize(
+    ("features", "chosen"), [("all", [0, 1, 2, 3, 4]), ("[3,1]", [1, 3]), ("{start: 1, stop: 3}", [1, 2])]
+)
+def test_features_are_chosen_by_list_range_or_all(tmp_path, features, chosen):
+    assert choose_features(planted_config(tmp_path, f"subject.features={features}"), "a", 5) == chosen
+
+
+@pytest.mark.parametrize("features", ["6", "[0, 5]", "{start: 4, stop: 6}"])
+def test_a_feature_beyond_the_width_is_refused(tmp_path, features):
+    with pytest.raises(UserError, match=r"subject\.features.*SAE a"):
+        choose_features(planted_config(tmp_path, f"subject.features={features}"), "a", 5)
+
+
+def test_a_bad_reconstruction_stops_the_harvest_and_names_likely_causes(tmp_path):
+    config = planted_config(tmp_path)
+    check_reconstruction({"a": 0.3}, config)
+    for share in (0.9, float("nan")):
+        with pytest.raises(UserError, match="wrong hook point"):
+            check_reconstruction({"a": share}, config)
+
+
+def test_harvested_activations_are_the_planted_ones(planted_run):
+    tables = planted_run.tables
+    sequences = {(s["shard"], s["row"]): s for s in tables.read("sequences").to_pylist()}
+    for index in (0, 1, 2):
+        feature, found = FEATURES[index], {}
+        for posting in tables.read("activations", where=f"feature_key = 'planted/{index}'").to_pylist():
+            for i, row in enumerate(posting["rows"]):
+                span = slice(posting["offsets"][i], posting["offsets"][i + 1])
+                found[posting["shard"], row] = dict(
+                    zip(posting["positions"][span], posting["values"][span], strict=True)
+                )
+        for place, sequence in sequences.items():
+            truth = fires(feature.truth, [VOCABULARY[i] for i in sequence["token_ids"]])
+            expected = {i: feature.scale * s / 5 for i, s in enumerate(truth) if s}
+            assert found.get(place, {}) == pytest.approx(expected), place
+
+
+def test_every_shard_is_marked_and_counted_once(planted_run):
+    markers = planted_run.tables.read("activations", where=f"feature = {MARKER}").to_pylist()
+    shards = planted_run.tables.distinct("sequences", "shard")
+    assert sorted(m["shard"] for m in markers) == sorted(shards)
+    assert sum(m["num_sequences"] for m in markers) == planted_run.tables.count("sequences")
+
+
+def test_feature_statistics_are_those_of_the_corpus(planted_run):
+    tables = planted_run.tables
+    features = {row["feature"]: row for row in tables.read("features").to_pylist()}
+    assert {i: row["status"] for i, row in features.items()} == {
+        0: "live", 1: "live", 2: "live", 3: "dead", 4: "dense", 5: "too_few"
+    }  # fmt: skip
+    sequences = tables.read("sequences").to_pylist()
+    truths = {
+        s["sequence_id"]: np.asarray(fires(FEATURES[2].truth, [VOCABULARY[i] for i in s["token_ids"]])) * 12 / 5
+        for s in sequences
+    }
+    row = features[2]
+    assert row["num_sequences"] == sum(t.max() > 0 for t in truths.values())
+    assert row["num_tokens"] == sum((t > 0).sum() for t in truths.values())
+    assert row["density"] == pytest.approx(row["num_tokens"] / (len(sequences) * 16))
+    train = [truths[s["sequence_id"]].max() for s in sequences if s["split"] == "train"]
+    assert row["max_activation"] == pytest.approx(max(train))
+    best = sorted(truths, key=lambda i: (-truths[i].max(), i))[: planted_run.config.harvest.num_top]
+    assert row["top_sequence_ids"] == best
+    assert row["top_activations"] == pytest.approx([truths[i].max() for i in best])
+    assert features[3]["max_activation"] == 0 and features[3]["num_tokens"] == 0

@@ -1,0 +1,178 @@
+"""The whole pipeline on the planted subject: what is known to be true must come out, and only that."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rayinterp.errors import UserError
+from rayinterp.explanation import from_json
+from rayinterp.planted import FEATURES
+from rayinterp.run import STAGES, open_run, run_stage
+from rayinterp.tables import SCHEMAS, Tables
+from tests.conftest import planted_config, run_all
+from tests.tables_equal import assert_tables_equal
+
+
+def scores(run, explainer, scorer="correlation", control=""):
+    where = f"scorer = '{scorer}' and control = '{control}' and explainer like '{explainer}%'"
+    rows = run.tables.read("scores", where=where).to_pylist()
+    return {(row["feature"], row["source"]): row for row in rows}
+
+
+def test_the_true_explanation_scores_almost_perfectly_on_test(planted_run):
+    found = scores(planted_run, "right@")
+    assert len(found) == 3 * 2
+    for row in found.values():
+        assert row["split"] == "test"
+        assert row["value"] > 0.95
+        assert row["ci_low"] > 0.9
+        assert row["status"] == "ok" and row["num_records"] == 60
+        assert row["false_positives_per_sequence"] == 0
+    assert all(row["value"] > 0.95 for row in scores(planted_run, "right@", "r2").values())
+
+
+def test_a_wrong_explanation_scores_near_zero(planted_run):
+    found = scores(planted_run, "wrong@")
+    for feature in (0, 1):
+        row = found[feature, "random_negative"]
+        assert abs(row["value"]) < 0.1
+        assert row["false_positives_per_sequence"] > 0
+
+
+def test_an_answer_that_did_not_parse_is_a_status_and_never_an_explanation(planted_run):
+    row = scores(planted_run, "wrong@")[2, "random_negative"]
+    assert (row["value"], row["status"]) == (None, "no_explanation")
+    where = "feature_key = 'planted/2' and explainer like 'wrong@%'"
+    (explanation,) = planted_run.tables.read("explanations", where=where).to_pylist()
+    assert (explanation["explanation"], explanation["status"]) == (None, "no_explanation")
+    (candidate,) = planted_run.tables.read("candidates", where=where).to_pylist()
+    assert candidate["status"] == "parse_error"
+    assert "could not find" in candidate["thought"]
+
+
+def test_controls_stand_beside_every_score(planted_run):
+    for source in planted_run.config.records.complementary:
+        shuffled = scores(planted_run, "right@", control="shuffled")
+        lookup, null = scores(planted_run, "", control="token_lookup"), scores(planted_run, "", control="null")
+        for feature in (0, 1, 2):
+            assert shuffled[feature, source]["value"] is None or abs(shuffled[feature, source]["value"]) < 0.2
+            assert null[feature, source]["status"] == "constant_prediction"
+            assert lookup[feature, source]["value"] > 0.3
+    # A word list is all there is to feature 0; feature 1 needs the context, which a table of tokens lacks.
+    assert lookup[0, "random_negative"]["value"] > lookup[1, "random_negative"]["value"] + 0.1
+
+
+def test_the_search_keeps_the_truth_and_recognises_duplicates(planted_run):
+    rows = planted_run.tables.read("explanations", where="explainer like 'tree@%'").to_pylist()
+    assert {row["feature"]: from_json(row["explanation"]) for row in rows} == {i: FEATURES[i].truth for i in range(3)}
+    nodes = planted_run.tables.read("candidates", where="explainer like 'tree@%'").to_pylist()
+    assert sum(node["status"] == "duplicate" for node in nodes) == 3
+    assert {node["kind"] for node in nodes} == {"llm", "lexical"}
+
+
+def test_equal_requests_of_two_arms_are_paid_for_once(planted_run):
+    rows = planted_run.tables.read("llm_calls").to_pylist()
+    right = [
+        json.loads(row["request"]) for row in rows if row["response"].startswith("[{") and "ships" in row["response"]
+    ]
+    # `right` and the first root of `tree` ask the same; the second root has a seed of its own.
+    assert len({request["seed"] for request in right if request["messages"] == right[0]["messages"]}) == len(right)
+    per_feature = [row["feature_key"] for row in rows]
+    assert max(per_feature.count(key) for key in set(per_feature)) <= 4
+
+
+def test_test_records_are_read_by_the_score_stage_alone(planted_run):
+    """What the search was scored on and shown: train and valid sequences, never one of test."""
+    tables = planted_run.tables
+    test_texts = ["".join(row["tokens"]).strip() for row in tables.read("records", where="split = 'test'").to_pylist()]
+    shown = "\n".join(tables.read("llm_calls")["request"].to_pylist()).replace("<<", "").replace(">>", "")
+    assert not [text for text in test_texts if text in shown]
+    train = ["".join(row["tokens"]).strip() for row in tables.read("records", where="split = 'train'").to_pylist()]
+    assert [text for text in train if text in shown]
+
+
+def test_a_second_run_changes_no_table(planted_run):
+    versions = {name: planted_run.tables.open(name).version for name in SCHEMAS if planted_run.tables.exists(name)}
+    run = open_run(planted_run.config)
+    for stage in STAGES[:-1]:
+        run_stage(run, stage)
+    assert versions == {name: run.tables.open(name).version for name in versions}
+
+
+def test_the_tables_do_not_depend_on_workers(planted_run, tmp_path):
+    resources = "{num_actors: 2, num_cpus: 0.5}"
+    overrides = [f"resources.{stage}={resources}" for stage in ("corpus", "harvest", "index")]
+    other = run_all(planted_config(tmp_path / "run", *overrides))
+    names = [name for name in SCHEMAS if planted_run.tables.exists(name)]
+    assert {"sequences", "activations", "features", "embeddings", "records", "scores"} <= set(names)
+    assert_tables_equal(planted_run.tables, other.tables, names)
+
+
+def test_another_explainer_pays_only_for_itself(planted_run, tmp_path):
+    import shutil
+
+    folder = tmp_path / "run"
+    shutil.copytree(planted_run.config.run_dir, folder)
+    before = Tables(str(folder)).count("explanations")
+    config = planted_config(folder, "explainers.words={method: lexical, simulator: oracle}")
+    run = run_all(config)
+    assert run.tables.count("explanations") == before + 3
+    assert run.tables.count("llm_calls") == planted_run.tables.count("llm_calls")
+
+
+def test_a_changed_upstream_field_is_refused_by_name(planted_run):
+    config = planted_config(Path(planted_run.config.run_dir), "corpus.shard_size=100")
+    with pytest.raises(UserError, match=r"corpus\.shard_size: 512 -> 100"):
+        open_run(config)
+
+
+def test_the_run_directory_says_what_made_it(planted_run):
+    folder = Path(planted_run.config.run_dir)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["packages"]["ray"] and manifest["packages"]["pylance"]
+    assert manifest["stages"]["corpus"]["sequences"] == 6000
+    assert "shard_size: 512" in (folder / "run.yaml").read_text()
+
+
+def test_a_stage_without_its_input_says_what_to_run(tmp_path, ray_session):
+    run = open_run(planted_config(tmp_path / "run"))
+    with pytest.raises(UserError, match="corpus, harvest, index"):
+        run_stage(run, "records")
+
+
+KILL_AFTER = {
+    "harvest": lambda tables: tables.count("activations", "feature = -1") > 0,
+    "index": lambda tables: tables.count("embeddings") > 0,
+    "explain": lambda tables: tables.count("llm_calls") > 0,
+}
+
+
+@pytest.mark.parametrize("stage", list(KILL_AFTER))
+def test_killed_in_the_middle_and_started_again_it_ends_with_the_same_tables(stage, planted_run, tmp_path):
+    """SIGKILL of the driver once the stage has committed something; then a second run to the end."""
+    folder = tmp_path / "run"
+    tables = Tables(str(folder))
+    command = [sys.executable, "-m", "tests.run_planted", str(folder)]
+    # Its own cluster: the session's must outlive it.
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    process = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.PIPE)
+    try:
+        deadline = time.monotonic() + 300
+        while process.poll() is None and not KILL_AFTER[stage](tables):
+            assert time.monotonic() < deadline, f"{stage} did not begin within five minutes"
+            time.sleep(0.2)
+        assert process.poll() is None, f"it ended before it could be killed: {process.stderr.read().decode()[-2000:]}"
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    finished = set(SCHEMAS) - {"scores"}
+    assert not tables.exists("scores")
+    resumed = run_all(planted_config(folder))
+    names = [name for name in finished | {"scores"} if planted_run.tables.exists(name)]
+    assert_tables_equal(planted_run.tables, resumed.tables, names)

@@ -1,0 +1,97 @@
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from rayinterp.tables import KEYS, SCHEMAS, Committer, Tables, embeddings_schema, sql_in, to_arrow
+
+
+def call(n, **columns):
+    return {"request_hash": str(n), "feature_key": "a/1", **columns}
+
+
+def test_every_column_has_a_sentence_and_every_key_is_a_column():
+    assert SCHEMAS.keys() == KEYS.keys()
+    for name, schema in SCHEMAS.items():
+        assert set(KEYS[name]) <= set(schema.names)
+        for field in schema:
+            assert field.metadata[b"description"].endswith(b".") or b":" in field.metadata[b"description"], field
+
+
+def test_the_first_write_of_a_key_wins(tmp_path):
+    tables = Tables(str(tmp_path))
+    tables.append("llm_calls", [call(1, response="first")])
+    tables.append("llm_calls", [call(1, response="second"), call(2, response="new")])
+    rows = {row["request_hash"]: row["response"] for row in tables.read("llm_calls").to_pylist()}
+    assert rows == {"1": "first", "2": "new"}
+
+
+def test_an_unknown_column_is_refused():
+    with pytest.raises(KeyError, match="respnse"):
+        to_arrow("llm_calls", [call(1, respnse="x")])
+
+
+def test_reading_a_table_that_does_not_exist_gives_no_rows(tmp_path):
+    tables = Tables(str(tmp_path))
+    assert not tables.exists("scores")
+    assert tables.count("scores") == 0
+    assert tables.read("scores", ["value"]).num_rows == 0
+    assert tables.distinct("scores", "feature_key") == set()
+
+
+def test_fragments_are_invisible_until_committed_and_orphans_are_cleaned(tmp_path):
+    tables = Tables(str(tmp_path))
+    tables.create_empty("sequences")
+    rows = to_arrow("sequences", [{"sequence_id": i, "shard": 0, "row": i} for i in range(4)])
+    kept = tables.write_fragments("sequences", rows.slice(0, 2))
+    tables.write_fragments("sequences", rows.slice(2, 2))
+    assert tables.count("sequences") == 0
+    tables.commit("sequences", kept)
+    assert sorted(tables.read("sequences")["sequence_id"].to_pylist()) == [0, 1]
+    tables.finish("sequences")
+    assert len(list((tmp_path / "sequences.lance" / "data").iterdir())) == 1
+    assert tables.open("sequences").version == max(v["version"] for v in tables.open("sequences").versions())
+    assert len(tables.open("sequences").versions()) == 1
+
+
+def test_stream_commit_yields_rows_only_when_they_are_visible(tmp_path, ray_session):
+    import ray.data
+
+    tables = Tables(str(tmp_path))
+    tables.create_empty("sequences")
+
+    def write(item):
+        rows = to_arrow("sequences", [{"sequence_id": int(item["id"]), "shard": int(item["id"])}])
+        return {"shard": item["id"], "fragments": tables.write_fragments("sequences", rows)}
+
+    dataset = ray.data.from_items([{"id": i} for i in range(6)]).map(write)
+    for row in tables.stream_commit("sequences", dataset):
+        assert row["shard"] in tables.distinct("sequences", "shard")
+    assert tables.count("sequences") == 6
+
+
+def test_committer_writes_the_nodes_before_the_winner(tmp_path, monkeypatch):
+    written = []
+    committer = Committer(Tables(str(tmp_path)))
+    monkeypatch.setattr(Tables, "append", lambda self, table, rows: written.append((table, len(rows))))
+    committer.add({"explanations": [{}], "candidates": [{}, {}], "llm_calls": [{}]})
+    committer.flush()
+    assert written == [("llm_calls", 1), ("candidates", 2), ("explanations", 1)]
+
+
+def test_ray_reads_the_same_rows(tmp_path, ray_session):
+    tables = Tables(str(tmp_path))
+    tables.append("llm_calls", [call(i) for i in range(5)])
+    rows = tables.ray_dataset("llm_calls", ["request_hash"], "request_hash != '3'").take_all()
+    assert sorted(row["request_hash"] for row in rows) == ["0", "1", "2", "4"]
+
+
+def test_embeddings_are_of_fixed_size():
+    schema = embeddings_schema(3, pa.float16())
+    assert schema.field("vector").type == pa.list_(pa.float16(), 3)
+    assert np.float16 == schema.field("vector").type.value_type.to_pandas_dtype()
+
+
+def test_sql_in_quotes():
+    assert sql_in("a", ["x'y", "z"]) == "a in ('x''y', 'z')"
+    assert sql_in("a", [1, 2]) == "a in (1, 2)"
+    assert sql_in("a", []) == "false"

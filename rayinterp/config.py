@@ -73,7 +73,7 @@ class SubjectConfig(_Section):
 
 class CorpusConfig(_Section):
     dataset: str
-    """Hugging Face dataset, local file or folder (jsonl, jsonl.zst, jsonl.gz, parquet, txt), `embedded` or `planted`."""
+    """Hugging Face dataset, local file or folder (jsonl[.zst|.gz], parquet, txt), `embedded` or `planted`."""
     files: str | None = None
     """Glob of input files within the dataset, e.g. `train/*.jsonl.zst`; by default all that can be read."""
     text_field: str = "text"

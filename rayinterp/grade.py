@@ -8,7 +8,7 @@ The only stage that reads test records. What is graded is decided from tables an
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -292,34 +292,44 @@ def grade_block(block: list[FeatureWork], simulator: str, config: RunConfig, tab
     return Graded(scores, predictions)
 
 
-def run_score(
-    config: RunConfig,
-    tables: Tables,
-    explainers: list[str],
-    deploy: Callable[[set[str]], None],
-    progress: Progress = lambda done, total: None,
-) -> dict[str, int]:
-    """Grades explanations that have no scores yet, with every simulator of `score.simulators`.
+class ScorePlan(NamedTuple):
+    """What the stage has left to do."""
+
+    blocks: list[tuple[str, list[FeatureWork]]]
+    """(simulator, features) to grade."""
+    unscored: list[dict[str, Any]]
+    """Rows of `scores` for what is not graded."""
+    num_finished: int
+    """Features that have their scores, counted once per simulator."""
+
+
+def plan_score(config: RunConfig, tables: Tables, explainers: list[str]) -> ScorePlan:
+    """What every simulator of `score.simulators` has left to grade.
 
     Args:
         explainers: Explainer arm ids of this config.
-        deploy: Starts the named simulators' services; called only with those that have something to grade.
     """
-    task = ray.remote(grade_block).options(num_cpus=config.resources.score.num_cpus)
-    todo: list[tuple[str, list[FeatureWork]]] = []
-    done = 0
+    plan = ScorePlan([], [], 0)
     for simulator in config.score.simulators:
         work, unscored = plan_grading(config, tables, simulator, explainers)
-        name = arm_id(simulator, config.simulators[simulator])
-        finished = _finished(tables, name)
-        tables.append("scores", unscored)
+        finished = _finished(tables, arm_id(simulator, config.simulators[simulator]))
         left = [w for w in work if not {(str(w.feature), e) for e in w.explanations} <= finished]
-        done += len(work) - len(left)
-        todo += [(simulator, left[i : i + BLOCK]) for i in range(0, len(left), BLOCK)]
-    deploy({simulator for simulator, _ in todo})
-    total = done + sum(len(block) for _, block in todo)
+        plan.blocks.extend((simulator, left[i : i + BLOCK]) for i in range(0, len(left), BLOCK))
+        plan.unscored.extend(row for row in unscored if (row["feature_key"], row["explainer"]) not in finished)
+        plan = plan._replace(num_finished=plan.num_finished + len(work) - len(left))
+    return plan
+
+
+def run_score(
+    config: RunConfig, tables: Tables, plan: ScorePlan, progress: Progress = lambda done, total: None
+) -> dict[str, int]:
+    """Grades what the plan names, in Ray tasks; the simulators it names must have been deployed."""
+    task = ray.remote(grade_block).options(num_cpus=config.resources.score.num_cpus)
+    tables.append("scores", plan.unscored)
+    done = plan.num_finished
+    total = done + sum(len(block) for _, block in plan.blocks)
     progress(done, total)
-    waiting = {task.remote(block, simulator, config, tables): len(block) for simulator, block in todo}
+    waiting = {task.remote(block, simulator, config, tables): len(block) for simulator, block in plan.blocks}
     while waiting:
         (ready,), _ = ray.wait(list(waiting), num_returns=1)
         graded = ray.get(ready)

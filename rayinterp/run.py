@@ -27,7 +27,7 @@ from rayinterp.corpus import run_corpus
 from rayinterp.errors import UserError
 from rayinterp.explain.local import deploy_llm
 from rayinterp.explain.runner import arm_ids, arms_left, live_features, llms_used, run_explain
-from rayinterp.grade import run_score
+from rayinterp.grade import plan_score, run_score
 from rayinterp.harvest import Progress, run_harvest
 from rayinterp.index import run_index
 from rayinterp.preflight import Prepared, prepare
@@ -123,9 +123,15 @@ def connected(config: RunConfig) -> Iterator[None]:
     try:
         yield
     finally:
-        if address is None:
-            serve.shutdown()
+        _stop_services(config)
         ray.shutdown()
+
+
+def _stop_services(config: RunConfig) -> None:
+    """Takes down this run's Serve apps; on a cluster that others use, theirs stay."""
+    ours = {f"simulator-{name}" for name in config.simulators} | {f"llm-{name}" for name in config.llms}
+    for app in ours & set(serve.status().applications):
+        serve.delete(app)
 
 
 def deploy(run: Run, simulators: set[str], llms: set[str], committer: Any) -> None:
@@ -152,15 +158,13 @@ def explain(run: Run, progress: Progress) -> dict[str, int]:
 
 
 def score(run: Run, progress: Progress) -> dict[str, int]:
-    config = run.config
-    committer = start_committer(run.tables)
-    explainers = [arm_ids(config, name)[0] for name in config.explainers]
-
-    def deploy_for(simulators: set[str]) -> None:
-        deploy(run, simulators, set(), committer)
-
-    counts = run_score(config, run.tables, explainers, deploy_for, progress)
-    ray.get(committer.flush.remote())
+    explainers = [arm_ids(run.config, name)[0] for name in run.config.explainers]
+    plan = plan_score(run.config, run.tables, explainers)
+    committer = start_committer(run.tables) if plan.blocks else None
+    deploy(run, {simulator for simulator, _ in plan.blocks}, set(), committer)
+    counts = run_score(run.config, run.tables, plan, progress)
+    if committer is not None:
+        ray.get(committer.flush.remote())
     return counts
 
 

@@ -1,26 +1,47 @@
 """`python -m tests.run_planted FOLDER`: the planted run in a process and a Ray of its own, for tests that kill it.
 
-Slowed down a little after every shard and every LLM call, so that there is a middle to be killed in.
+Every commit is made at once and followed by a pause, in the driver and in all workers, so that what a test sees is a
+part of a stage and not the whole.
 """
 
+import logging
 import sys
 import time
 from pathlib import Path
 
-import rayinterp.tables
-from rayinterp.run import connected
-from tests.conftest import planted_config, run_all
+import ray
+
+PAUSE_SECONDS = 0.7
+
+
+def dawdle() -> None:
+    """Slows this process's commits down."""
+    import rayinterp.tables as tables
+
+    def and_pause(method):
+        def slow(self, *arguments):
+            result = method(self, *arguments)
+            time.sleep(PAUSE_SECONDS)
+            return result
+
+        return slow
+
+    tables.COMMIT_SECONDS = 0.0
+    tables.Tables.commit = and_pause(tables.Tables.commit)
+    tables.Committer.flush = and_pause(tables.Committer.flush)
+
 
 if __name__ == "__main__":
-    # Commit at once, and dawdle: what is visible when the test looks is then a part and not the whole.
-    rayinterp.tables.COMMIT_SECONDS = 0.0
-    original = rayinterp.tables.Tables.commit
+    from tests.conftest import planted_config, run_all
 
-    def slow_commit(self, table, fragments):
-        original(self, table, fragments)
-        time.sleep(0.5)
-
-    rayinterp.tables.Tables.commit = slow_commit
-    config = planted_config(Path(sys.argv[1]))
-    with connected(config):
-        run_all(config)
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+        runtime_env={"worker_process_setup_hook": dawdle},
+    )
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    dawdle()
+    # One shard of work in flight at a time, or all of them are written before the first is committed.
+    run_all(planted_config(Path(sys.argv[1]), "resources.searches_per_actor=1"))

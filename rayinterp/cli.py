@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 import time
 import warnings
@@ -16,11 +18,13 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
-    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+# Lance warns on each table that it creates. Read when lance is imported.
+os.environ.setdefault("LANCE_LOG", "error")
 
 from rayinterp.config import RunConfig, load_config
 from rayinterp.errors import UserError
@@ -39,7 +43,7 @@ def run_stages(config_path: str, overrides: list[str] | None, stages: tuple[str,
     """Runs stages in order under a progress display, then says where everything lies and what to type next."""
     # Ray and torch take seconds to import: a bad config should not wait for them.
     config = load_config(config_path, overrides)
-    warnings.filterwarnings("ignore", message="lance is not fork-safe")
+    _quiet()
     from rayinterp.run import connected, open_run, run_stage
 
     start = time.monotonic()
@@ -48,30 +52,62 @@ def run_stages(config_path: str, overrides: list[str] | None, stages: tuple[str,
     with ExitStack() as stack:
         with console.status("starting Ray"):
             stack.enter_context(connected(config))
-        progress = stack.enter_context(_progress())
+        display = stack.enter_context(_Bars()) if console.is_terminal else _Lines()
         for stage in stages:
-            bar = progress.add_task(stage, total=None, counts="")
-
-            def advance(done: int, total: int, bar: TaskID = bar) -> None:
-                progress.update(bar, completed=done, total=total)
-
-            counts = run_stage(run, stage, advance)
-            said = "  ".join(f"{number:,} {name}" for name, number in counts.items() if number)
-            total = progress.tasks[bar].total or 1
-            progress.update(bar, total=total, completed=total, counts=said)
+            display.begin(stage)
+            counts = run_stage(run, stage, display.advance_to)
+            display.end("  ".join(f"{number:,} {name}" for name, number in counts.items() if number))
     _say_where(config, config_path, overrides, time.monotonic() - start)
 
 
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description:>8}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[counts]}"),
-        console=console,
-    )
+def _quiet() -> None:
+    """Silences what libraries say on every start of every run."""
+    warnings.filterwarnings("ignore", message="lance is not fork-safe")
+    for name in ("ray.serve", "ray.data", "ray._private.authentication.authentication_token_setup"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+class _Bars(Progress):
+    """A terminal gets a bar for each stage."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            TextColumn("{task.description:>8}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[counts]}"),
+            console=console,
+        )
+
+    def begin(self, stage: str) -> None:
+        self._bar = self.add_task(stage, total=None, counts="")
+
+    def advance_to(self, done: int, total: int) -> None:
+        self.update(self._bar, completed=done, total=total)
+
+    def end(self, counts: str) -> None:
+        total = next(task.total for task in self.tasks if task.id == self._bar) or 1
+        self.update(self._bar, total=total, completed=total, counts=counts)
+
+
+class _Lines:
+    """A job's log gets a line at a stage's end, and one now and then on the way."""
+
+    SECONDS_BETWEEN = 20
+
+    def begin(self, stage: str) -> None:
+        self._stage, self._begun, self._said = stage, time.monotonic(), time.monotonic()
+
+    def advance_to(self, done: int, total: int) -> None:
+        if time.monotonic() - self._said > self.SECONDS_BETWEEN:
+            self._said = time.monotonic()
+            console.print(f"{self._stage:>8}  {done}/{total}", highlight=False)
+
+    def end(self, counts: str) -> None:
+        seconds = time.monotonic() - self._begun
+        console.print(f"{self._stage:>8}  done in {seconds:.0f} s  {counts}", highlight=False, soft_wrap=True)
 
 
 def _say_where(config: RunConfig, config_path: str, overrides: list[str] | None, seconds: float) -> None:

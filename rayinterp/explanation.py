@@ -12,6 +12,8 @@ import re
 from typing import Any, NamedTuple
 
 MAX_STRENGTH = 5
+MAX_RULE_CHARACTERS = 500
+"""A longer rule is an essay, and would not fit beside a sequence in a simulator's prompt."""
 
 
 class Rule(NamedTuple):
@@ -87,6 +89,8 @@ def parse_string(answer: str) -> Explanation:
     text = text.strip().strip('"').strip()
     if not re.search(r"\w", text):
         raise ParseError("the answer holds no text")
+    if len(text) > MAX_RULE_CHARACTERS:
+        raise ParseError(f"the answer has {len(text)} characters; it may have {MAX_RULE_CHARACTERS}")
     return (Rule(text),)
 
 
@@ -107,6 +111,8 @@ def _to_rule(item: dict[str, Any]) -> Rule:
     text = item.get("activates_on")
     if not isinstance(text, str) or not text.strip():
         raise ParseError(f"activates_on is {text!r}; it must be non-empty text")
+    if len(text.strip()) > MAX_RULE_CHARACTERS:
+        raise ParseError(f"activates_on has {len(text)} characters; it may have {MAX_RULE_CHARACTERS}")
     strength = item.get("strength")
     if isinstance(strength, bool) or not isinstance(strength, int | float | str):
         raise ParseError(f"strength is {strength!r}; it must be a whole number from 0 to 5")

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import fsspec
@@ -59,7 +60,12 @@ def open_run(config: RunConfig) -> Run:
     prepared = prepare(config)
     freeze(config)
     write_manifest(config, {})
-    return Run(config, Tables(config.run_dir), prepared)
+    return Run(config, Tables(absolute(config.run_dir)), prepared)
+
+
+def absolute(run_dir: str) -> str:
+    """The run directory as workers find it, whatever folder they run in; URLs stay as they are."""
+    return run_dir if "://" in run_dir else str(Path(run_dir).resolve())
 
 
 def freeze(config: RunConfig) -> None:

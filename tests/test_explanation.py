@@ -34,6 +34,7 @@ def test_wrapping_is_forgiven(answer):
         '[{"activates_on": "trees", "strength": "inf"}]',
         '[{"activates_on": "trees", "strength": "nan"}]',
         '[{"activates_on": ["trees"], "strength": 4}]',
+        '[{"activates_on": "%s", "strength": 4}]' % ("trees " * 100),
         '[{"activates_on": "trees", "strength": 4}, {"activates_on": "lea',
     ],
 )
@@ -51,6 +52,8 @@ def test_a_string_explanation_is_one_rule_of_full_strength():
     assert parse_string('Explanation: "names of trees"\nmore') == (Rule("names of trees", 5),)
     with pytest.raises(ParseError):
         parse_string(' \n"..." ')
+    with pytest.raises(ParseError):
+        parse_string("trees " * 100)
 
 
 def test_json_round_trip_and_rendering():

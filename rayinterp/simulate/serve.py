@@ -21,9 +21,11 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, cast
 
 import numpy as np
+import torch
 from ray import serve
 
 from rayinterp.config import TransformersSimulatorConfig, arm_id
+from rayinterp.harvest import torch_threads
 from rayinterp.prompts import simulator_messages
 from rayinterp.simulate import load_simulator
 from rayinterp.simulate.simulator import MemoKey, MemoSimulator
@@ -69,11 +71,18 @@ class SimulatorReplica:
         memo_id: Its name in `simulations`, from `memo_id`.
         tables: Where earlier simulations are.
         committer: Actor form of `tables.Committer` that takes new simulations; without it they live in memory only.
+        num_replicas: Replicas that share a machine's cores.
     """
 
     def __init__(
-        self, config: SimulatorConfig, memo_id: str, tables: Tables, committer: ActorHandle | None = None
+        self,
+        config: SimulatorConfig,
+        memo_id: str,
+        tables: Tables,
+        committer: ActorHandle | None = None,
+        num_replicas: int = 1,
     ) -> None:
+        torch.set_num_threads(torch_threads(num_replicas))
         engine = load_simulator(config)
         self._memo: MemoSimulator | None = None
         if config.engine == "transformers":
@@ -186,5 +195,5 @@ def deploy_simulator(
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         ray_actor_options={"num_cpus": resources.num_cpus, "num_gpus": resources.num_gpus},
     )
-    app = deployment.bind(config, memo_id(name, config), tables, committer)
+    app = deployment.bind(config, memo_id(name, config), tables, committer, resources.num_actors)
     return serve.run(app, name=f"simulator-{name}", route_prefix=None)

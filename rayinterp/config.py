@@ -190,6 +190,8 @@ class OneShotConfig(_Section):
     """Rules with strengths, or one sentence."""
     rule_cap: int = Field(5, ge=1, le=20)
     """Rules at most."""
+    few_shots: bool = True
+    """Show a worked example first. A very small model copies it; leave it out there."""
     num_records_shown: int = Field(10, gt=0)
     """Train positives in the prompt."""
     temperature: float = Field(1.2, ge=0)

@@ -137,9 +137,11 @@ _STRUCTURED_EXAMPLE = (
 _STRING_EXAMPLE = "names of kinds of trees, and more weakly parts of a tree such as a branch"
 
 
-def explainer_messages(records: list[MarkedRecord], rule_cap: int, structured: bool) -> list[Message]:
-    """Task, one worked example and the feature's records; the two forms of answer differ in the answer's form alone."""
+def explainer_messages(records: list[MarkedRecord], rule_cap: int, structured: bool, few_shots: bool) -> list[Message]:
+    """Task, a worked example if asked for, and the feature's records; the two forms of answer differ in form alone."""
     form = _STRUCTURED_ANSWER.format(rule_cap=rule_cap) if structured else _STRING_ANSWER
+    if not few_shots:
+        return [{"role": "user", "content": f"{_EXPLAINER_TASK}\n{form}\n\n{_render_records(records)}"}]
     example = _STRUCTURED_EXAMPLE if structured else _STRING_EXAMPLE
     return [
         {"role": "user", "content": f"{_EXPLAINER_TASK}\n{form}\n\n{_render_records(list(_EXPLAINER_RECORDS))}"},

@@ -32,6 +32,8 @@ class LLMRequest(NamedTuple):
     seed: int
     prefill: str = ""
     """Beginning of the answer, for models that we run ourselves; endpoints take none."""
+    list_cap: int = 0
+    """Likewise: the answer is a JSON list, ended after this many objects; 0 leaves the end to the model."""
 
     @property
     def hash(self) -> str:

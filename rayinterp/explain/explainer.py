@@ -53,7 +53,9 @@ class Outcome(NamedTuple):
 def first_messages(records: Sequence[ActivationRecord], config: OneShotConfig) -> list[Message]:
     """The conversation's beginning: the strongest train positives."""
     positives = [record for record in records if record.source == "positive"][: config.num_records_shown]
-    return explainer_messages([_marked(record) for record in positives], config.rule_cap, config.structured)
+    return explainer_messages(
+        [_marked(record) for record in positives], config.rule_cap, config.structured, config.few_shots
+    )
 
 
 def _marked(record: ActivationRecord) -> MarkedRecord:
@@ -74,6 +76,8 @@ async def ask(
         seed: Names the node; equal names with equal messages are the same request, so its answer is shared.
     """
     outcome = Outcome(None, "llm_error", None, 0, 0, None)
+    # A small model writes the same rule for ever; in a frame it fills in the rules and no more.
+    framed = llm.provider == "local" and config.structured
     for attempt in range(config.max_parse_retries + 1):
         request = LLMRequest(
             endpoint_of(llm),
@@ -82,7 +86,8 @@ async def ask(
             config.temperature,
             config.max_tokens,
             stable_hash(f"{seed}/{attempt}") % 2**31,
-            STRUCTURED_PREFILL if llm.provider == "local" and config.structured else "",
+            STRUCTURED_PREFILL if framed else "",
+            config.rule_cap if framed else 0,
         )
         try:
             reply, cost = await call(request, feature_key)

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from ray import serve
 from ray.serve.handle import DeploymentHandle
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteriaList
 
 from rayinterp import embedded
 from rayinterp.config import LLMConfig, StageResources
@@ -36,19 +37,36 @@ class LocalLLM:
         inputs = self._tokenizer(prompt + request.prefill, add_special_tokens=False, return_tensors="pt")
         inputs = inputs.to(self._device)
         sampling = {"do_sample": True, "temperature": request.temperature, "top_k": 50, "top_p": 0.95}
+        prompt_tokens = inputs["input_ids"].shape[1]
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(request.seed)
             output = self._model.generate(
                 **inputs,
                 max_new_tokens=request.max_tokens,
                 pad_token_id=self._tokenizer.pad_token_id or self._tokenizer.eos_token_id,
+                stopping_criteria=self._stop_after(request.list_cap, prompt_tokens),
                 **(sampling if request.temperature > 0 else {"do_sample": False}),
             )
-        prompt_tokens = inputs["input_ids"].shape[1]
         new = output[0, prompt_tokens:]
         text = request.prefill + self._tokenizer.decode(new, skip_special_tokens=True)
+        if request.list_cap and text.count("}") >= request.list_cap:
+            return LLMReply(close_list(text, request.list_cap), "stop", prompt_tokens, len(new))
         finished = len(new) < request.max_tokens
         return LLMReply(text, "stop" if finished else "length", prompt_tokens, len(new))
+
+    def _stop_after(self, list_cap: int, prompt_tokens: int) -> StoppingCriteriaList:
+        """Ends an answer after its last wanted object."""
+
+        def enough(ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+            written = self._tokenizer.decode(ids[0, prompt_tokens:])
+            return torch.tensor([written.count("}") >= list_cap], device=ids.device)
+
+        return StoppingCriteriaList([enough] if list_cap else [])  # type: ignore[list-item]
+
+
+def close_list(text: str, list_cap: int) -> str:
+    """The text up to its `list_cap`-th closing brace, as a list that ends there."""
+    return "}".join(text.split("}")[:list_cap]) + "}]"
 
 
 @serve.deployment

@@ -41,7 +41,7 @@ async def asked(*answers, arm=ARM, llm=LLM):
 async def test_a_parsed_answer_is_an_explanation():
     outcome, requests = await asked(GOOD)
     assert outcome == ((Rule("trees", 5),), "ok", GOOD, 10, 5, 0.5)
-    assert requests[0].prefill == ""
+    assert (requests[0].prefill, requests[0].list_cap) == ("", 0)
 
 
 async def test_a_bad_answer_is_asked_again_with_another_seed_and_all_calls_are_billed():
@@ -73,7 +73,7 @@ async def test_a_failed_call_is_a_status():
 
 async def test_our_own_models_are_given_the_beginning_of_the_answer():
     _, requests = await asked(GOOD, llm=LLMConfig(provider="local", model="m"))
-    assert requests[0].prefill == STRUCTURED_PREFILL
+    assert (requests[0].prefill, requests[0].list_cap) == (STRUCTURED_PREFILL, ARM.rule_cap)
 
 
 def test_the_prompt_shows_train_positives_only_with_their_strengths():
@@ -96,6 +96,12 @@ def test_the_two_forms_of_answer_differ_in_the_form_alone():
     assert structured[-1] == string[-1]
     assert structured[0]["content"].splitlines()[0] == string[0]["content"].splitlines()[0]
     assert "JSON" in structured[0]["content"] and "JSON" not in string[0]["content"]
+
+
+def test_the_worked_example_can_be_left_out():
+    records = [record("the old oak fell", [0, 0, 5, 0])]
+    (only,) = first_messages(records, ARM.model_copy(update={"few_shots": False}))
+    assert "birch" not in only["content"] and "oak" in only["content"]
 
 
 def test_feedback_shows_the_record_whose_removal_helps_most():

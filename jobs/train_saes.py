@@ -98,7 +98,7 @@ def load_cut_model(num_layers: int) -> LlamaForCausalLM:
     model = AutoModelForCausalLM.from_pretrained(embedded.model_path(), dtype=torch.float32).eval()
     model.model.layers = model.model.layers[:num_layers]
     model.lm_head = torch.nn.Identity()
-    return model
+    return model  # pyright: ignore[reportReturnType]
 
 
 @torch.inference_mode()
@@ -107,7 +107,7 @@ def read_activations(model: LlamaForCausalLM, layers: list[int], windows: np.nda
     read = {layer: [] for layer in layers}
     hooks = [
         model.model.layers[layer].register_forward_hook(
-            lambda module, args, output, layer=layer: read[layer].append(output[:, 1:].flatten(0, 1))
+            lambda module, args, output, layer=layer: read[layer].append(output[:, 1:].flatten(0, 1))  # pyright: ignore[reportArgumentType]
         )
         for layer in layers
     ]
@@ -172,7 +172,7 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, layers: l
         dataset_path=embedded.DATASET,
         context_size=1 + WINDOW,
         prepend_bos=True,
-        exclude_special_tokens=[tokenizer.bos_token_id],  # an attention sink, up to 150 times as long as other tokens
+        exclude_special_tokens=[tokenizer.bos_token_id],  # an attention sink, up to 150 times as long as other tokens  # pyright: ignore[reportArgumentType]
         training_tokens=num_tokens,
         train_batch_size_tokens=BATCH,
         store_batch_size_prompts=64,
@@ -190,7 +190,7 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, layers: l
     runner = MultiSAETrainingRunner(
         config,
         override_dataset=Dataset.from_dict({"input_ids": windows}),
-        override_model=HookedProxyLM(model, tokenizer, hook_names=list(config.hook_names.values())),
+        override_model=HookedProxyLM(model, tokenizer, hook_names=list(config.hook_names.values())),  # pyright: ignore[reportAttributeAccessIssue]
     )
     # Most of a residual stream's norm is its mean, further away than the bias could travel at this learning rate.
     for layer, x in read_activations(model, layers, windows[:NUM_CENTRE_WINDOWS]).items():

@@ -19,7 +19,7 @@ _HOME = {
     "run_stage": "rayinterp.run",
 }
 
-__all__ = sorted(_HOME)
+__all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

@@ -9,9 +9,9 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Annotated
 
+import fsspec
 import typer
 from rich.console import Console
 from rich.progress import (
@@ -48,7 +48,7 @@ def run_stages(config_path: str, overrides: list[str] | None, stages: tuple[str,
 
     start = time.monotonic()
     with console.status("checking the config against this machine"):
-        run = open_run(config)
+        run = open_run(config, stages)
     with ExitStack() as stack:
         with console.status("starting Ray"):
             stack.enter_context(connected(config))
@@ -118,8 +118,9 @@ def _say_where(config: RunConfig, config_path: str, overrides: list[str] | None,
         keys = Tables(root).read("features", ["feature_key"], "status = 'live'")["feature_key"].to_pylist()
         if keys:
             console.print(f"One feature in the terminal:  rayinterp show {arguments} --feature {keys[0]}")
-    if Path(root, "report.html").exists():
-        console.print(f"The report, for a browser:    [bold]{Path(root, 'report.html').resolve()}[/bold]")
+    filesystem, path = fsspec.core.url_to_fs(f"{root}/report.html")
+    if filesystem.exists(path):
+        console.print(f"The report, for a browser:    [bold]{path}[/bold]", soft_wrap=True)
     else:
         console.print(f"The rest of the run:          rayinterp run {arguments}")
 

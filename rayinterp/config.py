@@ -15,17 +15,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from rayinterp.errors import UserError
 
-Split = Literal["train", "valid", "test"]
 Source = Literal["random", "random_negative", "similar", "similar_negative"]
 Dtype = Literal["auto", "float32", "bfloat16"]
 Calibration = Literal["none", "difference", "ratio"]
 
 UPSTREAM = ("seed", "subject", "corpus", "harvest", "index", "records")
 """Sections that are fixed per run directory."""
+NOT_FROZEN = ("subject.device", "subject.max_variance_unexplained")
+"""Fields in them that change no table."""
 
 
 class _Section(BaseModel):
@@ -67,7 +68,7 @@ class SubjectConfig(_Section):
     """Features per SAE: a number draws a seeded sample; or a list, a range, or all."""
     prepend_bos: Literal["auto"] | bool = "auto"
     """Put BOS in front of every sequence; auto asks the SAE's metadata. BOS never counts as an activation."""
-    max_variance_unexplained: float = Field(0.5, gt=0)
+    max_variance_unexplained: float = Field(default=0.5, gt=0)
     """Harvest stops above this share on its first batch: the wrong hook point, model or normalisation."""
 
 
@@ -80,17 +81,17 @@ class CorpusConfig(_Section):
     """Where a document's text is; dots go into nested fields."""
     subset_field: str = "meta.pile_set_name"
     """Where the name of the document's subset is."""
-    sequence_length: int = Field(32, ge=8, le=2048)
+    sequence_length: int = Field(default=32, ge=8, le=2048)
     """Text tokens per sequence, BOS not counted."""
-    num_sequences: int = Field(100_000, gt=0)
+    num_sequences: int = Field(default=100_000, gt=0)
     """Sequences in all, shared evenly between the input files."""
-    max_sequences_per_document: int = Field(16, gt=0)
+    max_sequences_per_document: int = Field(default=16, gt=0)
     """So that no long document dominates."""
     ascii_only: bool = True
     """Skip windows with characters beyond ASCII, as the reference does."""
     splits: tuple[float, float, float] = (0.4, 0.3, 0.3)
     """Shares of train, valid and test documents."""
-    shard_size: int = Field(1024, gt=0)
+    shard_size: int = Field(default=1024, gt=0)
     """Sequences per shard: the unit of work and of resumption."""
 
     @model_validator(mode="after")
@@ -101,20 +102,20 @@ class CorpusConfig(_Section):
 
 
 class HarvestConfig(_Section):
-    batch_size: int = Field(64, gt=0)
+    batch_size: int = Field(default=64, gt=0)
     """Sequences per forward pass; a batch never crosses a shard, so results do not depend on the workers."""
-    min_sequences: int = Field(20, gt=0)
+    min_sequences: int = Field(default=20, gt=0)
     """A feature active in fewer train sequences is `too_few`."""
-    max_density: float = Field(0.2, gt=0, le=1)
+    max_density: float = Field(default=0.2, gt=0, le=1)
     """A feature active at a larger share of all tokens is `dense`."""
-    num_top: int = Field(100, gt=0)
+    num_top: int = Field(default=100, gt=0)
     """Top sequences kept per feature."""
 
 
 class IndexConfig(_Section):
     embedder: str = "sentence-transformers/all-mpnet-base-v2"
     """Sentence encoder: Hugging Face name, folder, or `embedded/minilm-l6`."""
-    batch_size: int = Field(64, gt=0)
+    batch_size: int = Field(default=64, gt=0)
     """Texts per forward pass."""
     dtype: Literal["float16", "float32"] = "float16"
     """Storage of the vectors."""
@@ -132,7 +133,7 @@ class RecordsConfig(_Section):
     """How positives are chosen: highest maxima, spread over the quantiles, or half and half."""
     complementary: tuple[Source, ...] = ("similar_negative", "random_negative")
     """Complementary sources, each drawn on its own."""
-    num_query_positives: int = Field(400, gt=0)
+    num_query_positives: int = Field(default=400, gt=0)
     """Train positives whose mean embedding is the query for similar records."""
     train: SplitQuota = SplitQuota(positive=10, complementary=10)
     valid: SplitQuota = SplitQuota(positive=10, complementary=10)
@@ -156,23 +157,23 @@ class LLMConfig(_Section):
     """Precision of a local model."""
     device: str = "auto"
     """Where a local model runs."""
-    timeout_seconds: float = Field(120, gt=0)
+    timeout_seconds: float = Field(default=120, gt=0)
     """Per request."""
-    max_retries: int = Field(3, ge=0)
+    max_retries: int = Field(default=3, ge=0)
     """Of connection errors, rate limits and 5xx answers; anything else is not retried."""
     usd_per_million_prompt_tokens: float | None = None
     """Price; without it the cost is null."""
     usd_per_million_completion_tokens: float | None = None
     """Price; without it the cost is null."""
     max_calls: int | None = None
-    """Calls that one run may make; features beyond it say so in their status."""
+    """Calls that one run may make; arms of the features beyond it get the status no_budget."""
 
 
 class LexicalConfig(_Section):
     """Rules from the tokens that tell active from silent train records: no LLM."""
 
     method: Literal["lexical"] = "lexical"
-    rule_cap: int = Field(5, ge=1, le=20)
+    rule_cap: int = Field(default=5, ge=1, le=20)
     """Rules at most."""
     simulator: str
     """Simulator arm that scores it on train and valid."""
@@ -188,17 +189,17 @@ class OneShotConfig(_Section):
     """Simulator arm that scores it on train and valid."""
     structured: bool = True
     """Rules with strengths, or one sentence."""
-    rule_cap: int = Field(5, ge=1, le=20)
+    rule_cap: int = Field(default=5, ge=1, le=20)
     """Rules at most."""
     few_shots: bool = True
     """Show a worked example first. A very small model copies it; leave it out there."""
-    num_records_shown: int = Field(10, gt=0)
+    num_records_shown: int = Field(default=10, gt=0)
     """Train positives in the prompt."""
-    temperature: float = Field(1.2, ge=0)
+    temperature: float = Field(default=1.2, ge=0)
     """Sampling temperature."""
-    max_tokens: int = Field(512, gt=0)
+    max_tokens: int = Field(default=512, gt=0)
     """Length of an answer."""
-    max_parse_retries: int = Field(1, ge=0)
+    max_parse_retries: int = Field(default=1, ge=0)
     """Further attempts after an answer that does not parse."""
 
 
@@ -206,21 +207,21 @@ class TreeConfig(OneShotConfig):
     """Tree search: roots, then rounds of revision guided by the simulator."""
 
     method: Literal["tree"] = "tree"  # type: ignore[assignment]
-    num_llm_roots: int = Field(3, ge=0)
+    num_llm_roots: int = Field(default=3, ge=0)
     """One-shot explanations that the search begins with."""
     lexical_root: bool = True
     """Also begin with the lexical explanation."""
-    branching_factor: int = Field(2, gt=0)
+    branching_factor: int = Field(default=2, gt=0)
     """Revisions asked for per kept node."""
-    width: int = Field(3, gt=0)
+    width: int = Field(default=3, gt=0)
     """Nodes kept per round."""
-    depth: int = Field(3, ge=0)
+    depth: int = Field(default=3, ge=0)
     """Rounds."""
-    stop_score: float = Field(0.9, gt=0, le=1)
+    stop_score: float = Field(default=0.9, gt=0, le=1)
     """A train score that ends the search."""
-    num_worst_records: int = Field(1, gt=0)
+    num_worst_records: int = Field(default=1, gt=0)
     """Records shown in feedback: those whose removal would raise the score most."""
-    time_limit_seconds: float = Field(1500, gt=0)
+    time_limit_seconds: float = Field(default=1500, gt=0)
     """Per feature."""
 
 
@@ -233,7 +234,7 @@ class LateInteractionConfig(_Section):
     engine: Literal["late_interaction"] = "late_interaction"
     embedder: str = "sentence-transformers/all-MiniLM-L6-v2"
     """Sentence encoder whose token vectors are compared."""
-    batch_size: int = Field(64, gt=0)
+    batch_size: int = Field(default=64, gt=0)
     """Sequences per forward pass."""
     num_features: int | None = None
     """Features per SAE that the score stage grades with it; null for all."""
@@ -255,15 +256,15 @@ class TransformersSimulatorConfig(_Section):
     """bitsandbytes quantization."""
     calibration: Calibration = "difference"
     """What the simulator believes before it reads the rule is taken off this way."""
-    num_few_shots: int = Field(3, ge=1)
+    num_few_shots: int = Field(default=3, ge=1)
     """Worked examples in the header, which every pair shares."""
-    token_budget: int = Field(2048, gt=0)
+    token_budget: int = Field(default=2048, gt=0)
     """Tokens packed into one pass."""
     num_features: int | None = None
     """Features per SAE that the score stage grades with it; null for all."""
-    max_records: int | None = Field(None, gt=0)
+    max_records: int | None = Field(default=None, gt=0)
     """Test records per source that the score stage grades with it; null for all."""
-    max_pairs: int | None = Field(None, gt=0)
+    max_pairs: int | None = Field(default=None, gt=0)
     """(rule, record) pairs that the score stage may spend; features beyond it are not started."""
 
 
@@ -283,20 +284,20 @@ SimulatorConfig = Annotated[
 class ScoreConfig(_Section):
     simulators: tuple[str, ...]
     """Simulator arms that grade every explanation on test."""
-    num_bootstrap: int = Field(1000, gt=0)
+    num_bootstrap: int = Field(default=1000, gt=0)
     """Resamples behind every interval."""
-    num_shuffled: int = Field(3, ge=0)
+    num_shuffled: int = Field(default=3, ge=0)
     """Other features whose explanations are graded on a feature as the shuffled control."""
 
 
 class StageResources(_Section):
     """How one stage is spread over the cluster."""
 
-    num_actors: int = Field(1, gt=0)
+    num_actors: int = Field(default=1, gt=0)
     """Actors or replicas."""
-    num_cpus: float = Field(1, ge=0)
+    num_cpus: float = Field(default=1, ge=0)
     """CPUs each."""
-    num_gpus: float = Field(0, ge=0)
+    num_gpus: float = Field(default=0, ge=0)
     """GPUs each."""
 
 
@@ -310,14 +311,16 @@ class ResourcesConfig(_Section):
     score: StageResources = StageResources(num_cpus=0.5)
     simulator: StageResources = StageResources(num_cpus=0.1)
     llm: StageResources = StageResources(num_cpus=0.1)
-    searches_per_actor: int = Field(8, gt=0)
+    searches_per_actor: int = Field(default=8, gt=0)
     """Features that one search actor works on at the same time."""
 
 
 class RunConfig(_Section):
     name: str = Field(min_length=1)
     """Shown in the report."""
-    run_dir: str
+    run_dir: Annotated[
+        str, AfterValidator(lambda run_dir: run_dir if "://" in run_dir else str(Path(run_dir).expanduser()))
+    ]
     """Where the tables, run.yaml, manifest.json and the report go: a path, `s3://...` or `gs://...`."""
     seed: int = 0
     """All chance of a run comes from here."""
@@ -437,10 +440,29 @@ def _tags(model: type[BaseModel]) -> set[str]:
     return {str(model.model_fields[key].default) for key in ("engine", "method") if key in model.model_fields}
 
 
+OPERATIONAL = frozenset(
+    {
+        *("device", "batch_size", "token_budget", "api_key_env", "timeout_seconds", "max_retries", "max_calls"),
+        *("usd_per_million_prompt_tokens", "usd_per_million_completion_tokens"),
+    }
+)
+"""Fields of an arm that say how it is run or billed and not what comes out."""
+
+
 def arm_id(name: str, arm: BaseModel, *context: Any) -> str:
     """`name@hash`: the arm's name and a hash of its content and of what else its results depend on."""
-    content = json.dumps([arm.model_dump(mode="json"), *context], sort_keys=True)
+    content = json.dumps([content_of(arm), *context], sort_keys=True)
     return f"{name}@{hashlib.sha256(content.encode()).hexdigest()[:8]}"
+
+
+def content_of(arm: BaseModel) -> dict[str, Any]:
+    """What an arm's results depend on."""
+    return arm.model_dump(mode="json", exclude=set(OPERATIONAL))
+
+
+def service_name(kind: str, arm: str, run_dir: str) -> str:
+    """The Serve app of an arm: runs that share a cluster have arms of the same names."""
+    return f"{kind}-{arm}-{hashlib.sha256(run_dir.encode()).hexdigest()[:6]}"
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -455,7 +477,7 @@ def differing_fields(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [
         f"{path}: {flat_old.get(path)!r} -> {flat_new.get(path)!r}"
         for path in dict.fromkeys([*flat_old, *flat_new])
-        if flat_old.get(path) != flat_new.get(path)
+        if flat_old.get(path) != flat_new.get(path) and path not in NOT_FROZEN
     ]
 
 

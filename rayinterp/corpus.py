@@ -69,8 +69,15 @@ def list_files(config: CorpusConfig) -> list[str]:
         root = config.dataset.rstrip("/")
     else:
         root = f"hf://datasets/{config.dataset}"
-    filesystem, path = fsspec.core.url_to_fs(root)
-    found = sorted(filesystem.glob(f"{path}/{config.files or '**'}"))
+    try:
+        filesystem, path = fsspec.core.url_to_fs(root)
+        found = sorted(filesystem.glob(f"{path}/{config.files or '**'}"))
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise UserError(
+            f"corpus.dataset {config.dataset!r} is not a local file or folder, and cannot be listed as {root} "
+            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no more is known'}); check the "
+            "name and the network"
+        ) from None
     files = [filesystem.unstrip_protocol(name) for name in found if name.endswith(READABLE)]
     if not files:
         raise UserError(
@@ -145,7 +152,8 @@ def windows(
         return []
     length = config.sequence_length
     ids = tokenizer.encode(text, add_special_tokens=False)
-    numbers = np.arange(len(ids) // length)
+    numbers = np.arange(min(len(ids) // length, 1 << WINDOW_BITS))
+    dropped["beyond_window_numbers"] += len(ids) // length - len(numbers)
     if len(numbers) == 0:
         dropped["document_too_short"] += 1
     if len(numbers) > config.max_sequences_per_document:
@@ -261,4 +269,4 @@ def run_corpus(config: RunConfig, tables: Tables) -> dict[str, int]:
     tables.create("sequences", sequences)
     tables.finish("sequences")
     dropped = sum((Counter(json.loads(result["dropped"])) for result in results), Counter())
-    return {"sequences": sequences.num_rows, **dropped, "duplicate": dropped["duplicate"] + duplicates}
+    return {"sequences": sequences.num_rows, **+dropped, "duplicate": dropped["duplicate"] + duplicates}

@@ -175,12 +175,12 @@ def convert_model(gguf: Path, folder: Path) -> None:
     # A model that remembers being quantized cannot be saved: move its weights to one that does not.
     quantized = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     config = quantized.config
-    del config.quantization_config
-    model = LlamaForCausalLM(config)
+    del config.quantization_config  # pyright: ignore[reportAttributeAccessIssue]
+    model = LlamaForCausalLM(config)  # pyright: ignore[reportArgumentType]
     model.load_state_dict(quantized.state_dict())
     model.tie_weights()
     model.generation_config = quantized.generation_config
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.to(torch.bfloat16).save_pretrained(folder)  # pyright: ignore[reportArgumentType]
 
 
 @cache

@@ -15,7 +15,7 @@ import numpy as np
 import ray
 from ray import serve
 
-from rayinterp.config import RunConfig, TransformersSimulatorConfig, arm_id
+from rayinterp.config import RunConfig, TransformersSimulatorConfig, arm_id, service_name
 from rayinterp.controls import shuffled_features, token_lookup
 from rayinterp.explanation import Explanation, from_json
 from rayinterp.harvest import Progress
@@ -66,7 +66,6 @@ def grade(
         simulated: Prediction of every rule of `work` for every test record.
     """
     test = records["test"]
-    sources = sorted({record.source for record in test} - {"positive"})
     explained = {name: combine(e, [simulated[r.activates_on] for r in e]) for name, e in work.explanations.items()}
     nulls = [simulated[text] for text in CONTROL_NULLS]
     shuffled = {
@@ -81,7 +80,7 @@ def grade(
     ]
     scores = [
         row
-        for source in sources
+        for source in config.records.complementary
         for explainer, control, group in predictions
         for row in _score_rows(work.feature, explainer, control, simulator, source, test, group, config)
     ]
@@ -114,6 +113,8 @@ def _score_rows(
     """One row per scorer; a control of several texts gives the mean of those that are defined, without an interval."""
     places = [i for i, record in enumerate(test) if record.source in ("positive", source)]
     silent = [i for i in places if test[i].source == source]
+    if not silent or len(silent) == len(places):
+        return unscored_rows(feature, explainer, control, simulator, [source], "no_records")
     true, documents = [test[i].activations for i in places], [test[i].document_id for i in places]
     wide = min(len(places) - len(silent), len(silent)) < WIDE_BELOW
     generator = generator_for(config.seed, feature, "bootstrap", explainer, control, simulator, source)
@@ -165,16 +166,16 @@ def _mean_defined(values: list[float | None]) -> float | None:
 
 
 def unscored_rows(
-    feature: FeatureId, explainers: list[str], simulator: str, sources: Sequence[str], status: str
+    feature: FeatureId, explainer: str, control: str, simulator: str, sources: Sequence[str], status: str
 ) -> list[dict[str, Any]]:
-    """Rows that say why an explanation has no score."""
+    """Rows that say why there is no score."""
     return [
         {
             "feature_key": str(feature),
             "sae": feature.sae,
             "feature": feature.index,
             "explainer": explainer,
-            "control": "",
+            "control": control,
             "simulator": simulator,
             "scorer": scorer,
             "source": source,
@@ -182,20 +183,30 @@ def unscored_rows(
             "num_records": 0,
             "status": status,
         }
-        for explainer in explainers
         for scorer in SCORERS
         for source in sources
     ]
 
 
-def read_explanations(tables: Tables, explainers: list[str]) -> dict[FeatureId, dict[str, Explanation]]:
-    """Winners by feature and explainer arm id; a feature for which no explainer found any has an empty entry."""
-    rows = tables.read("explanations", ["feature_key", "explainer", "explanation"], sql_in("explainer", explainers))
-    by_feature: dict[FeatureId, dict[str, Explanation]] = {}
-    for row in rows.to_pylist():
-        explanations = by_feature.setdefault(FeatureId.parse(row["feature_key"]), {})
-        if row["explanation"] is not None:
-            explanations[row["explainer"]] = from_json(row["explanation"])
+class Explained(NamedTuple):
+    """What the explainers found for one feature."""
+
+    explanations: dict[str, Explanation]
+    """By explainer arm id."""
+    failed: dict[str, str]
+    """Status of the explainers that ran and found none."""
+
+
+def read_explained(tables: Tables, explainers: list[str]) -> dict[FeatureId, Explained]:
+    """Every feature that some explainer has finished with."""
+    columns = ["feature_key", "explainer", "explanation", "status"]
+    by_feature: dict[FeatureId, Explained] = {}
+    for row in tables.read("explanations", columns, sql_in("explainer", explainers)).to_pylist():
+        explained = by_feature.setdefault(FeatureId.parse(row["feature_key"]), Explained({}, {}))
+        if row["explanation"] is None:
+            explained.failed[row["explainer"]] = row["status"]
+        else:
+            explained.explanations[row["explainer"]] = from_json(row["explanation"])
     return by_feature
 
 
@@ -208,15 +219,15 @@ def count_test_records(tables: Tables, max_records: int | None) -> Counter[str]:
 
 
 def shuffled_explanations(
-    feature: FeatureId, by_feature: dict[FeatureId, dict[str, Explanation]], config: RunConfig
+    feature: FeatureId, by_feature: dict[FeatureId, Explained], config: RunConfig
 ) -> dict[str, list[Explanation]]:
     """For each explainer that explained the feature, what it said of some other features."""
     shuffled = {}
-    for name in by_feature[feature]:
-        others = [other for other, explanations in by_feature.items() if name in explanations]
+    for name in by_feature[feature].explanations:
+        others = [other for other, explained in by_feature.items() if name in explained.explanations]
         chosen = shuffled_features(feature, others, config.score.num_shuffled, config.seed)
         if chosen:
-            shuffled[name] = [by_feature[other][name] for other in chosen]
+            shuffled[name] = [by_feature[other].explanations[name] for other in chosen]
     return shuffled
 
 
@@ -232,27 +243,31 @@ def plan_grading(
     pairs_left = llm.max_pairs if llm else None
     num_nulls = len(NULL_EXPLANATIONS) if llm and llm.calibration != "none" else 0
     num_records = count_test_records(tables, llm.max_records if llm else None)
-    by_feature = read_explanations(tables, explainers)
+    by_feature = read_explained(tables, explainers)
     work: list[FeatureWork] = []
     unscored: list[dict[str, Any]] = []
 
-    def leave_out(feature: FeatureId, names: list[str], status: str) -> None:
-        unscored.extend(unscored_rows(feature, names, arm_id(simulator, arm), config.records.complementary, status))
+    def leave_out(feature: FeatureId, explainer: str, status: str) -> None:
+        sources = config.records.complementary
+        unscored.extend(unscored_rows(feature, explainer, "", arm_id(simulator, arm), sources, status))
 
     taken: Counter[str] = Counter()
     for feature in interleave(sorted(by_feature)):
         if arm.num_features is not None and taken[feature.sae] >= arm.num_features:
             continue
         taken[feature.sae] += 1
-        explanations = by_feature[feature]
-        leave_out(feature, [name for name in explainers if name not in explanations], "no_explanation")
-        if not explanations:
+        explained = by_feature[feature]
+        for explainer, status in explained.failed.items():
+            leave_out(feature, explainer, status)
+        if not explained.explanations:
             continue
-        one = FeatureWork(feature, explanations, shuffled_explanations(feature, by_feature, config))
+        shuffled = shuffled_explanations(feature, by_feature, config)
+        one = FeatureWork(feature, explained.explanations, shuffled)
         if pairs_left is not None:
             pairs_left -= (len(one.rules()) + num_nulls) * num_records[str(feature)]
         if pairs_left is not None and pairs_left < 0:
-            leave_out(feature, list(explanations), "no_budget")
+            for explainer in explained.explanations:
+                leave_out(feature, explainer, "no_budget")
         else:
             work.append(one)
     return work, unscored
@@ -271,7 +286,7 @@ def first_of_each_source(records: list[ActivationRecord], count: int | None) -> 
 
 def grade_block(block: list[FeatureWork], simulator: str, config: RunConfig, tables: Tables) -> Graded:
     """Grades some features: one request to the simulator service each."""
-    handle = serve.get_app_handle(f"simulator-{simulator}")
+    handle = serve.get_app_handle(service_name("simulator", simulator, config.run_dir))
     arm = config.simulators[simulator]
     max_records = arm.max_records if isinstance(arm, TransformersSimulatorConfig) else None
     loaded = [load_records(tables, work.feature, ("train", "test")) for work in block]
@@ -338,6 +353,9 @@ def run_score(
         tables.append("scores", graded.scores)
         done += waiting.pop(ready)
         progress(done, total)
+    if plan.blocks:
+        for table in ("scores", "predictions", "simulations"):
+            tables.finish(table)
     statuses = tables.read("scores", ["status"], "control = '' and scorer = 'correlation'")["status"].to_pylist()
     return {status: statuses.count(status) for status in sorted(set(statuses))}
 

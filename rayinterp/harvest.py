@@ -149,10 +149,10 @@ class Harvester:
         if not self._checked:
             check_reconstruction(self._subject.variance_unexplained(batches[0]), self._config)
             self._checked = True
-        parts = [self._subject.activations(batch) for batch in batches]
+        parts = [{sae: a.cpu() for sae, a in self._subject.activations(batch).items()} for batch in batches]
         rows: list[dict[str, Any]] = []
         for sae, features in self._subject.features.items():
-            activations = torch.cat([part[sae].cpu() for part in parts]).numpy()
+            activations = torch.cat([part[sae] for part in parts]).numpy()
             for column, feature in enumerate(features):
                 postings = to_postings(activations[:, :, column])
                 if postings is not None:
@@ -279,7 +279,7 @@ def _harvest_shards(
     resources = config.resources.harvest
     tables.create_empty("activations")
     results = ray.data.from_items([{"shard": shard} for shard in left], override_num_blocks=len(left)).map(
-        Harvester,
+        Harvester,  # pyright: ignore[reportArgumentType]
         fn_constructor_args=(config, tables, sources, features),
         compute=ray.data.ActorPoolStrategy(size=resources.num_actors),
         num_cpus=resources.num_cpus,

@@ -57,10 +57,12 @@ def embedder_path(name: str) -> str:
 
 
 def embedding_dim(name: str) -> int:
-    """Length of the encoder's vectors."""
-    from transformers import AutoConfig
+    """Length of the encoder's vectors: some end in a layer that changes it."""
+    from sentence_transformers import SentenceTransformer
 
-    return int(AutoConfig.from_pretrained(embedder_path(name)).hidden_size)
+    dim = SentenceTransformer(embedder_path(name), device="cpu").get_sentence_embedding_dimension()
+    assert dim is not None, f"{name} does not know the length of its vectors"
+    return dim
 
 
 def to_matrix(embeddings: pa.Table) -> Float[np.ndarray, "n d"]:
@@ -87,7 +89,7 @@ def run_index(config: RunConfig, tables: Tables, progress: Progress = lambda don
         schema = embeddings_schema(embedding_dim(config.index.embedder), pa.from_numpy_dtype(config.index.dtype))
         tables.create_empty("embeddings", schema)
         results = ray.data.from_items([{"shard": shard} for shard in left], override_num_blocks=len(left)).map(
-            Embedder,
+            Embedder,  # pyright: ignore[reportArgumentType]
             fn_constructor_args=(config, tables),
             compute=ray.data.ActorPoolStrategy(size=resources.num_actors),
             num_cpus=resources.num_cpus,

@@ -5,21 +5,24 @@ Also settles what the run needs to know about the subject: which SAEs and which 
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import json
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import fsspec
 
 from rayinterp import embedded, planted
-from rayinterp.config import RunConfig, TransformersSimulatorConfig
+from rayinterp.config import LateInteractionConfig, OracleConfig, RunConfig, TransformersSimulatorConfig
 from rayinterp.corpus import list_files
 from rayinterp.errors import UserError
 from rayinterp.explain.client import api_key
 from rayinterp.explain.runner import llms_used
 from rayinterp.harvest import choose_features, sae_sources
+from rayinterp.index import embedder_path
 from rayinterp.subject import SaeSource
 
 
@@ -31,26 +34,32 @@ class Prepared(NamedTuple):
     """Requested features by SAE name."""
 
 
-def prepare(config: RunConfig) -> Prepared:
-    """Checks the whole config against this machine and its packages.
+def prepare(config: RunConfig, stages: Sequence[str] = ("corpus", "explain")) -> Prepared:
+    """Checks the whole config against this machine and its packages; keys only for a run that explains.
 
     Raises:
         UserError: the first thing that would fail, with what to do about it.
     """
     check_embedded(config)
     check_run_dir(config.run_dir)
-    for name in sorted(llms_used(config)):
+    for name in sorted(llms_used(config)) if "explain" in stages else []:
         if config.llms[name].provider == "openai":
             api_key(config.llms[name])
     for name, simulator in config.simulators.items():
         if isinstance(simulator, TransformersSimulatorConfig) and simulator.quantization != "none":
             _require_package("bitsandbytes", f"simulators.{name}.quantization", "pip install 'rayinterp[quant]'")
-    list_files(config.corpus)
+    if "corpus" in stages:
+        list_files(config.corpus)
+    for name, simulator in config.simulators.items():
+        if isinstance(simulator, OracleConfig) and config.subject.model != "planted":
+            raise UserError(f"simulators.{name}.engine is 'oracle', which knows the planted subject's rules alone")
+    for field, embedder in embedders(config):
+        model_config(field, embedder_path(embedder), None)
     if config.subject.model == "planted":
         return Prepared([], {planted.SAE: choose_features(config, planted.SAE, len(planted.FEATURES))})
     for field, model, revision in model_names(config):
-        _model_config(field, model, revision)
-    subject = _model_config("subject.model", config.subject.model, config.subject.revision)
+        model_config(field, model, revision)
+    subject = model_config("subject.model", config.subject.model, config.subject.revision)
     check_context(config, subject)
     sources = sae_sources(config, subject.get_text_config().num_hidden_layers)
     for source in sources:
@@ -63,8 +72,7 @@ def names_in(config: RunConfig) -> list[str]:
     """Every model, encoder, SAE and dataset that the config names."""
     subject = config.subject
     names = [name for _, name, _ in model_names(config)]
-    names += [config.index.embedder, config.corpus.dataset, subject.saes.sae_id]
-    return names + [s.embedder for s in config.simulators.values() if hasattr(s, "embedder")]  # type: ignore[union-attr]
+    return [*names, *(name for _, name in embedders(config)), config.corpus.dataset, subject.saes.sae_id]
 
 
 def model_names(config: RunConfig) -> list[tuple[str, str, str | None]]:
@@ -79,6 +87,15 @@ def model_names(config: RunConfig) -> list[tuple[str, str, str | None]]:
         if config.llms[name].provider == "local":
             models.append((f"llms.{name}.model", config.llms[name].model, None))
     return models
+
+
+def embedders(config: RunConfig) -> list[tuple[str, str]]:
+    """(field, name) of every sentence encoder."""
+    found = [("index.embedder", config.index.embedder)]
+    for name, simulator in config.simulators.items():
+        if isinstance(simulator, LateInteractionConfig):
+            found.append((f"simulators.{name}.embedder", simulator.embedder))
+    return found
 
 
 def check_embedded(config: RunConfig) -> None:
@@ -99,19 +116,18 @@ def _require_package(package: str, field: str, command: str) -> None:
 
 def check_run_dir(run_dir: str) -> None:
     """The run directory can be written to."""
-    filesystem, path = fsspec.core.url_to_fs(run_dir)
-    probe = f"{path.rstrip('/')}/.write-{uuid.uuid4().hex}"
     try:
+        filesystem, path = fsspec.core.url_to_fs(run_dir)
+        probe = f"{path.rstrip('/')}/.write-{uuid.uuid4().hex}"
         filesystem.makedirs(path, exist_ok=True)
         filesystem.pipe_file(probe, b"")
         filesystem.rm_file(probe)
-    except OSError as error:
-        raise UserError(
-            f"run_dir {run_dir!r} cannot be written to ({error.strerror or type(error).__name__}); give another"
-        ) from None
+    except (OSError, ImportError, ValueError) as error:
+        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise UserError(f"run_dir {run_dir!r} cannot be written to ({why}); give another") from None
 
 
-def _model_config(field: str, model: str, revision: str | None) -> Any:
+def model_config(field: str, model: str, revision: str | None) -> Any:
     """The transformers config of a model."""
     from transformers import AutoConfig
 
@@ -163,8 +179,6 @@ def check_sae(source: SaeSource, subject: Any) -> None:
 
 
 def _closest(name: str, known: Any) -> str:
-    import difflib
-
     close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.3) or sorted(known)[:3]
     return f"close to it are: {', '.join(close)}"
 
@@ -183,6 +197,6 @@ def sae_width(source: SaeSource) -> int:
     """Number of features of an SAE."""
     if source.release is None:
         return int(_local_sae_config(source)["d_sae"])
-    from rayinterp.subject import load_sae
+    from sae_lens.loading.pretrained_sae_loaders import load_sae_config_from_huggingface
 
-    return int(load_sae(source).cfg.d_sae)
+    return int(load_sae_config_from_huggingface(source.release, source.sae_id)["d_sae"])

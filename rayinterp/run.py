@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
@@ -23,7 +23,15 @@ import ray
 import yaml
 from ray import serve
 
-from rayinterp.config import UPSTREAM, RunConfig, differing_fields, to_yaml
+from rayinterp.config import (
+    UPSTREAM,
+    RunConfig,
+    StageResources,
+    TransformersSimulatorConfig,
+    differing_fields,
+    service_name,
+    to_yaml,
+)
 from rayinterp.corpus import run_corpus
 from rayinterp.errors import UserError
 from rayinterp.explain.local import deploy_llm
@@ -51,13 +59,13 @@ class Run(NamedTuple):
     prepared: Prepared
 
 
-def open_run(config: RunConfig) -> Run:
+def open_run(config: RunConfig, stages: Sequence[str] = STAGES) -> Run:
     """Checks the config, and the run directory against it, and writes `run.yaml` and `manifest.json`.
 
     Raises:
         UserError: the config cannot work here, or the directory holds tables of another upstream config.
     """
-    prepared = prepare(config)
+    prepared = prepare(config, stages)
     freeze(config)
     write_manifest(config, {})
     return Run(config, Tables(absolute(config.run_dir)), prepared)
@@ -75,12 +83,12 @@ def freeze(config: RunConfig) -> None:
     if filesystem.exists(name):
         old = yaml.safe_load(filesystem.cat_file(name))
         differing = differing_fields(old, config.model_dump(mode="json"))
-        if differing:
+        if differing and Tables(absolute(config.run_dir)).exists("sequences"):
             raise UserError(
                 f"run_dir {config.run_dir!r} holds tables made with other settings:\n"
                 + "\n".join(f"  {line}" for line in differing)
                 + f"\nGive another run_dir, or set these back. Sections {', '.join(UPSTREAM)} are fixed per directory; "
-                "explainers, simulators, score and resources may change."
+                "explainers, simulators, LLMs and resources may change."
             )
     filesystem.pipe_file(name, to_yaml(config).encode())
 
@@ -121,32 +129,56 @@ def connected(config: RunConfig) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    # Ray Data draws bars of its own on top of ours.
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False  # they would be drawn on top of ours
+    context.raise_original_map_exception = True  # so that a worker's UserError reaches the user as one
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     address = config.resources.address or os.environ.get("RAY_ADDRESS")
     ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, ignore_reinit_error=True)
     try:
+        if address is None:
+            check_gpus(config)
         yield
     finally:
         _stop_services(config)
         ray.shutdown()
 
 
+def check_gpus(config: RunConfig) -> None:
+    """On a machine of its own a run cannot wait for GPUs to join.
+
+    Raises:
+        UserError: a stage asks for more GPUs than there are.
+    """
+    there = ray.cluster_resources().get("GPU", 0)
+    for stage, resources in config.resources:
+        if isinstance(resources, StageResources) and resources.num_actors * resources.num_gpus > there:
+            raise UserError(
+                f"resources.{stage} asks for {resources.num_actors} x {resources.num_gpus:g} GPUs, this machine has "
+                f"{there:g}; set resources.{stage}.num_gpus=0 to use CPUs, or join a cluster with resources.address"
+            )
+
+
 def _stop_services(config: RunConfig) -> None:
     """Takes down this run's Serve apps; on a cluster that others use, theirs stay."""
-    ours = {f"simulator-{name}" for name in config.simulators} | {f"llm-{name}" for name in config.llms}
+    arms = [("simulator", name) for name in config.simulators] + [("llm", name) for name in config.llms]
+    ours = {service_name(kind, name, config.run_dir) for kind, name in arms}
     for app in ours & set(serve.status().applications):
         serve.delete(app)
 
 
 def deploy(run: Run, simulators: set[str], llms: set[str], committer: Any) -> None:
     """Starts the Serve apps that a stage needs."""
+    config = run.config
     for name in sorted(simulators):
-        deploy_simulator(name, run.config.simulators[name], run.config.resources.simulator, run.tables, committer)
+        arm, resources = config.simulators[name], config.resources.simulator
+        if not isinstance(arm, TransformersSimulatorConfig):
+            resources = resources.model_copy(update={"num_gpus": 0})
+        app = service_name("simulator", name, config.run_dir)
+        deploy_simulator(name, arm, resources, run.tables, committer, app)
     for name in sorted(llms):
-        if run.config.llms[name].provider == "local":
-            deploy_llm(name, run.config.llms[name], run.config.resources.llm)
+        if config.llms[name].provider == "local":
+            deploy_llm(service_name("llm", name, config.run_dir), config.llms[name], config.resources.llm)
 
 
 def start_committer(tables: Tables) -> Any:
@@ -160,7 +192,10 @@ def explain(run: Run, progress: Progress) -> dict[str, int]:
         return run_explain(config, run.tables, None, progress)
     committer = start_committer(run.tables)
     deploy(run, {arm.simulator for arm in config.explainers.values()}, llms_used(config), committer)
-    return run_explain(config, run.tables, committer, progress)
+    counts = run_explain(config, run.tables, committer, progress)
+    for table in ("llm_calls", "candidates", "explanations", "simulations"):
+        run.tables.finish(table)
+    return counts
 
 
 def score(run: Run, progress: Progress) -> dict[str, int]:

@@ -26,6 +26,10 @@ WIDE_BELOW = 30
 """Fewer positive or complementary records than this give an interval too wide to lean on."""
 
 
+MAX_AUROC_WEIGHTS = 4_000_000
+"""Weights held at a time: 32 MB, and a few copies of it."""
+
+
 class Score(NamedTuple):
     """One score of one explanation."""
 
@@ -150,7 +154,10 @@ def score_all(
         name: _score(metric(sums.sum(0)), metric(resampled), t, p, wide) for name, metric in _FROM_MOMENTS.items()
     }
     whole = _auroc(t, p, np.ones((1, len(t))))[0]
-    return {**scores, "auroc": _score(whole, _auroc(t, p, draws[:, groups]), t, p, wide)}
+    # In parts: weights for all resamples and tokens at once would be gigabytes for long sequences.
+    parts = np.array_split(draws, max(1, num_bootstrap * len(t) // MAX_AUROC_WEIGHTS))
+    resampled_auroc = np.concatenate([_auroc(t, p, part[:, groups]) for part in parts])
+    return {**scores, "auroc": _score(whole, resampled_auroc, t, p, wide)}
 
 
 def _score(value: np.ndarray, resampled: np.ndarray, true: np.ndarray, predicted: np.ndarray, wide: bool) -> Score:

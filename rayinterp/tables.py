@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -26,6 +27,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray.data
 
+APPENDS_BETWEEN_COMPACTIONS = 100
+"""A committer compacts a table after so many commits."""
 COMMIT_SECONDS = 2.0
 """Fragments are committed in groups this far apart: a commit per shard makes a manifest per shard."""
 
@@ -149,7 +152,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             _field("train_score", pa.float32(), "Correlation on train records."),
             _field("valid_score", pa.float32(), "Correlation on valid records: what the winner was chosen by."),
             _field("num_candidates", pa.int32(), "Nodes of the search."),
-            _field("status", pa.string(), "ok, no_records, or no_explanation."),
+            _field("status", pa.string(), "ok, no_records, no_positives, no_budget, or no_explanation."),
             _field("cost_usd", pa.float64(), "Price of the search; null without a price."),
         ]
     ),
@@ -297,11 +300,11 @@ class Tables:
 
     def distinct(self, table: str, column: str, where: str | None = None) -> set[Any]:
         """Values of one column; what is left to do is what there is, less these."""
-        return set(pc.unique(self.read(table, [column], where)[column]).to_pylist())
+        return set(pc.unique(self.read(table, [column], where)[column]).to_pylist())  # pyright: ignore[reportAttributeAccessIssue]
 
     def append(self, table: str, rows: pa.Table | list[dict[str, Any]]) -> None:
         """Adds rows in one commit; a row whose key is already there is left out."""
-        data = to_arrow(table, rows)
+        data = first_of_each_key(table, to_arrow(table, rows))
         if data.num_rows == 0:
             return
         dataset = self.open(table)
@@ -382,6 +385,13 @@ def to_arrow(table: str, rows: pa.Table | list[dict[str, Any]]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=schema)
 
 
+def first_of_each_key(table: str, data: pa.Table) -> pa.Table:
+    """The rows without later ones of the same key, which a merge would insert side by side."""
+    keys = list(zip(*(data[column].to_pylist() for column in KEYS[table]), strict=True))
+    first = {key: place for place, key in reversed(list(enumerate(keys)))}
+    return data if len(first) == len(keys) else data.take(pa.array(sorted(first.values()), pa.int64()))
+
+
 def embeddings_schema(dim: int, dtype: pa.DataType) -> pa.Schema:
     """The schema of `embeddings` for vectors of one length: an index needs a fixed size."""
     schema = SCHEMAS["embeddings"]
@@ -404,6 +414,7 @@ class Committer:
     def __init__(self, tables: Tables) -> None:
         self._tables = tables
         self._rows: dict[str, list[dict[str, Any]]] = {}
+        self._num_appends: Counter[str] = Counter()
         self._last_flush = time.monotonic()
 
     def add(self, rows: dict[str, list[dict[str, Any]]]) -> None:
@@ -417,6 +428,10 @@ class Committer:
         """Commits what is waiting. A winner goes after the nodes that led to it: its row marks the feature finished."""
         for table in sorted(self._rows, key=_COMMIT_ORDER.index):
             self._tables.append(table, self._rows[table])
+            self._num_appends[table] += 1
+            # A commit lists all fragments before it: left alone, a night of small commits costs its square.
+            if self._num_appends[table] % APPENDS_BETWEEN_COMPACTIONS == 0:
+                self._tables.finish(table)
         self._rows.clear()
         self._last_flush = time.monotonic()
 

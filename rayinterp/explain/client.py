@@ -104,6 +104,8 @@ def openai_client(config: LLMConfig) -> Generate:
             # The error's own text may quote headers or the URL.
             status = getattr(error, "status_code", None)
             raise LLMError(f"{type(error).__name__}{f' {status}' if status else ''} from {request.model}") from None
+        if not answer.choices:  # some endpoints send an error as a success without any
+            raise LLMError(f"an answer without choices from {request.model}")
         choice, usage = answer.choices[0], answer.usage
         return LLMReply(
             choice.message.content or "",

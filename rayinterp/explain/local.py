@@ -28,8 +28,8 @@ class LocalLLM:
         path = str(embedded.model_path(config.model)) if embedded.is_embedded(config.model) else config.model
         self._device = pick_device(config.device)
         self._tokenizer = AutoTokenizer.from_pretrained(path)
-        self._model = AutoModelForCausalLM.from_pretrained(path, dtype=pick_dtype(config.dtype, self._device))
-        self._model.to(self._device).eval().requires_grad_(False)
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=pick_dtype(config.dtype, self._device))
+        self._model = model.to(self._device).eval().requires_grad_(False)
 
     def generate(self, request: LLMRequest) -> LLMReply:
         prompt = self._tokenizer.apply_chat_template(list(request.messages), add_generation_prompt=True, tokenize=False)
@@ -82,19 +82,19 @@ class LLMReplica:
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._llm.generate, request)
 
 
-def deploy_llm(name: str, config: LLMConfig, resources: StageResources) -> DeploymentHandle:
-    """Starts the replicas of one LLM arm as the Serve app `llm-<name>`."""
+def deploy_llm(app: str, config: LLMConfig, resources: StageResources) -> DeploymentHandle:
+    """Starts the replicas of one LLM arm as a Serve app."""
     replica = LLMReplica.options(  # type: ignore[attr-defined]
         num_replicas=resources.num_actors,
         max_ongoing_requests=64,
         ray_actor_options={"num_cpus": resources.num_cpus, "num_gpus": resources.num_gpus},
     )
-    return serve.run(replica.bind(config, resources.num_actors), name=f"llm-{name}", route_prefix=None)
+    return serve.run(replica.bind(config, resources.num_actors), name=app, route_prefix=None)
 
 
-def served_client(name: str) -> Generate:
+def served_client(app: str) -> Generate:
     """Calls the Serve app of one LLM arm."""
-    handle = serve.get_app_handle(f"llm-{name}")
+    handle = serve.get_app_handle(app)
 
     async def generate(request: LLMRequest, feature_key: str) -> LLMReply:
         return LLMReply(*await handle.generate.remote(request))

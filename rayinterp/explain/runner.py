@@ -20,9 +20,19 @@ import numpy as np
 import ray
 from ray import serve
 
-from rayinterp.config import LexicalConfig, LLMConfig, OneShotConfig, RunConfig, TreeConfig, arm_id
+from rayinterp.config import (
+    LexicalConfig,
+    LLMConfig,
+    OneShotConfig,
+    RunConfig,
+    TreeConfig,
+    arm_id,
+    content_of,
+    service_name,
+)
+from rayinterp.errors import UserError
 from rayinterp.explain import explainer
-from rayinterp.explain.client import Ledger, openai_client, scripted_client
+from rayinterp.explain.client import Generate, Ledger, openai_client, scripted_client
 from rayinterp.explain.explainer import Call, Outcome
 from rayinterp.explain.lexical import lexical_explanation
 from rayinterp.explain.local import served_client
@@ -34,6 +44,9 @@ from rayinterp.score import evaluate
 from rayinterp.simulate.simulator import RuleRequest
 from rayinterp.subject import FeatureId, interleave
 from rayinterp.tables import Tables, sql_in
+
+MAX_FAILURES = 5
+"""Features that an LLM fails on before the stage stops asking it."""
 
 SimulateAsync = Callable[[list[RuleRequest]], Awaitable["list[list[np.ndarray]]"]]
 
@@ -155,12 +168,14 @@ def arm_ids(config: RunConfig, name: str) -> tuple[str, str]:
     """The explainer's and its simulator's names in the tables; the first covers all that an explanation depends on."""
     arm = config.explainers[name]
     simulator = config.simulators[arm.simulator]
-    context = [config.llms[arm.llm].model_dump(exclude=_OPERATIONAL)] if isinstance(arm, OneShotConfig) else []
+    context = [{k: v for k, v in content_of(simulator).items() if k not in _GRADING}]
+    if isinstance(arm, OneShotConfig):
+        context.append(content_of(config.llms[arm.llm]))
     return arm_id(name, arm, *context), arm_id(arm.simulator, simulator)
 
 
-_OPERATIONAL = {"api_key_env", "timeout_seconds", "max_retries", "device"}
-"""Fields of an LLM arm that change how it is reached and not what it says."""
+_GRADING = {"num_features", "max_records", "max_pairs"}
+"""Fields of a simulator arm that play no part in a search."""
 
 
 def candidate_rows(feature: FeatureId, ids: tuple[str, str], search: TreeSearch) -> list[dict[str, Any]]:
@@ -192,7 +207,7 @@ def explanation_row(
 ) -> dict[str, Any]:
     """The winner, or why there is none."""
     winner = search.winner() if search else None
-    costs = [node.cost_usd for node in search.nodes] if search else [0.0]
+    costs = [node.cost_usd for node in search.nodes if node.prompt_tokens] if search else []
     return {
         "feature_key": str(feature),
         "sae": feature.sae,
@@ -208,35 +223,50 @@ def explanation_row(
     }
 
 
+def why_not(records: dict[str, list[ActivationRecord]], over_budget: bool) -> str | None:
+    """The status of an arm that cannot or may not be run on a feature; None where it can."""
+    for split in ("train", "valid"):
+        if not records[split]:
+            return "no_records"
+        if not any(record.activations.any() for record in records[split]):
+            return "no_positives"
+    return "no_budget" if over_budget else None
+
+
 class SearchActor:
     """Runs the searches of several features at a time; all waiting is asynchronous."""
 
     def __init__(self, config: RunConfig, tables: Tables, committer: Any) -> None:
         self._config, self._tables, self._committer = config, tables, committer
-        self._clients = {name: make_client(name, llm) for name, llm in config.llms.items() if name in llms_used(config)}
+        self._clients = {name: make_client(name, config) for name in llms_used(config)}
 
-    async def explain(self, feature: FeatureId, arms: list[str], has_llm: bool) -> str:
-        """Runs the named arms for one feature and hands all rows to the committer; returns the feature's key."""
+    async def explain(self, feature: FeatureId, arms: list[str], has_llm: bool) -> str | None:
+        """Runs the named arms for one feature and hands their rows to the committer.
+
+        Returns the first failure of an LLM call: the arm that met it has no rows, and is left for the next run.
+        """
         records = await asyncio.to_thread(load_records, self._tables, feature, ("train", "valid"))
         ledgers: dict[str, Ledger] = {}
         for name in arms:
             arm, ids = self._config.explainers[name], arm_ids(self._config, name)
-            if not records["train"] or not records["valid"]:
-                await self._commit([], explanation_row(feature, ids, None, "no_records"))
+            hopeless = why_not(records, isinstance(arm, OneShotConfig) and not has_llm)
+            if hopeless:
+                await self._commit([], explanation_row(feature, ids, None, hopeless))
                 continue
-            handle = serve.get_app_handle(f"simulator-{arm.simulator}")
+            handle = serve.get_app_handle(service_name("simulator", arm.simulator, self._config.run_dir))
             evaluator = Evaluator(records, handle.simulate.remote, getattr(arm, "num_worst_records", 1))
             propose = None
-            if isinstance(arm, OneShotConfig) and has_llm:
+            if isinstance(arm, OneShotConfig):
                 if arm.llm not in ledgers:
                     ledgers[arm.llm] = await self._ledger(arm.llm, feature)
                 llm = self._config.llms[arm.llm]
                 propose = llm_proposer(ledgers[arm.llm], llm, arm, feature, records["train"], self._config.seed)
             search = await search_feature(arm, records, evaluator, propose)
-            no_budget = isinstance(arm, OneShotConfig) and not has_llm and search.winner() is None
-            row = explanation_row(feature, ids, search, "no_budget" if no_budget else None)
-            await self._commit(candidate_rows(feature, ids, search), row)
-        return str(feature)
+            failures = [node.thought for node in search.nodes if node.status == "llm_error"]
+            if failures:
+                return failures[0]
+            await self._commit(candidate_rows(feature, ids, search), explanation_row(feature, ids, search))
+        return None
 
     async def _ledger(self, llm: str, feature: FeatureId) -> Ledger:
         rows = await asyncio.to_thread(self._tables.read, "llm_calls", None, f"feature_key = '{feature}'")
@@ -254,11 +284,12 @@ def llms_used(config: RunConfig) -> set[str]:
     return {arm.llm for arm in config.explainers.values() if isinstance(arm, OneShotConfig)}
 
 
-def make_client(name: str, config: LLMConfig) -> Any:
+def make_client(name: str, config: RunConfig) -> Generate:
     """The client of one LLM arm."""
-    if config.provider == "local":
-        return served_client(name)
-    return scripted_client(config) if config.provider == "scripted" else openai_client(config)
+    llm = config.llms[name]
+    if llm.provider == "local":
+        return served_client(service_name("llm", name, config.run_dir))
+    return scripted_client(llm) if llm.provider == "scripted" else openai_client(llm)
 
 
 def calls_per_feature(config: RunConfig) -> int:
@@ -291,7 +322,11 @@ def live_features(tables: Tables) -> list[FeatureId]:
 def run_explain(
     config: RunConfig, tables: Tables, committer: Any, progress: Progress = lambda done, total: None
 ) -> dict[str, int]:
-    """Explains every live feature with every arm that it lacks; returns counts by status."""
+    """Explains every live feature with every arm that it lacks; returns counts by status.
+
+    Raises:
+        UserError: an LLM failed for good on some features; the others are finished and kept.
+    """
     features = live_features(tables)
     left = arms_left(config, tables, features)
     affordable = features_with_llm(config, features)
@@ -301,22 +336,31 @@ def run_explain(
     )
     actors = [actor_class.remote(config, tables, committer) for _ in range(resources.num_actors)] if left else []
     queue, waiting, done = list(left.items()), {}, len(features) - len(left)
+    failures: list[str] = []
     progress(done, len(features))
     idle = [actor for actor in actors for _ in range(config.resources.searches_per_actor)]
-    while queue or waiting:
-        while queue and idle:
+    while (queue and len(failures) < MAX_FAILURES) or waiting:
+        while queue and idle and len(failures) < MAX_FAILURES:
             feature, arms = queue.pop(0)
             actor = idle.pop()
             waiting[actor.explain.options(max_task_retries=2).remote(feature, arms, feature in affordable)] = actor
         (ready,), _ = ray.wait(list(waiting), num_returns=1)
         idle.append(waiting.pop(ready))
-        ray.get(ready)
-        done += 1
+        failure = ray.get(ready)
+        failures += [failure] if failure else []
+        done += failure is None
         progress(done, len(features))
     if left:
         ray.get(committer.flush.remote())
     for actor in actors:
-        ray.kill(actor)
+        ray.kill(actor)  # pyright: ignore[reportArgumentType]
+    if failures:
+        raise UserError(
+            f"LLM calls failed on {len(failures)} features ({failures[0]}); what is finished is kept. "
+            "Mend it (llms.*: key, base_url, model, quota) and run the same command again"
+        )
+    lost = arms_left(config, tables, features)
+    assert not lost, f"the committer lost the rows of {len(lost)} features; run the same command again"
     statuses = tables.read("explanations", ["status"])["status"].to_pylist()
     return {status: statuses.count(status) for status in sorted(set(statuses))}
 

@@ -113,7 +113,8 @@ class LateInteractionSimulator:
 
     def simulate(self, requests: list[RuleRequest]) -> list[list[Float32[np.ndarray, "seq"]]]:
         """Predictions in 0-5, as `Simulator` asks for; there is nothing to calibrate."""
-        texts = {"".join(sequence.tokens) for request in requests for sequence in request.sequences}
+        # In order of appearance: a set's order, and so what shares a padded batch, changes from process to process.
+        texts = dict.fromkeys("".join(sequence.tokens) for request in requests for sequence in request.sequences)
         encoded = self._encode([*texts, *(request.rule for request in requests)])
         null_cosines = {text: self._null_cosines(encoded[text]) for text in texts}
         answers = []

@@ -188,12 +188,13 @@ def deploy_simulator(
     resources: StageResources,
     tables: Tables,
     committer: ActorHandle | None = None,
+    app: str | None = None,
 ) -> DeploymentHandle:
-    """Starts the replicas of one simulator arm as the Serve app `simulator-<name>` and waits until they are ready."""
+    """Starts the replicas of one simulator arm as a Serve app (`simulator-<name>` by default), and waits for them."""
     deployment = serve.deployment(SimulatorReplica).options(
         num_replicas=resources.num_actors,
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         ray_actor_options={"num_cpus": resources.num_cpus, "num_gpus": resources.num_gpus},
     )
-    app = deployment.bind(config, memo_id(name, config), tables, committer, resources.num_actors)
-    return serve.run(app, name=f"simulator-{name}", route_prefix=None)
+    bound = deployment.bind(config, memo_id(name, config), tables, committer, resources.num_actors)
+    return serve.run(bound, name=app or f"simulator-{name}", route_prefix=None)

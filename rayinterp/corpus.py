@@ -153,7 +153,8 @@ def windows(
     length = config.sequence_length
     ids = tokenizer.encode(text, add_special_tokens=False)
     numbers = np.arange(min(len(ids) // length, 1 << WINDOW_BITS))
-    dropped["beyond_window_numbers"] += len(ids) // length - len(numbers)
+    if len(ids) // length > len(numbers):
+        dropped["beyond_window_numbers"] += len(ids) // length - len(numbers)
     if len(numbers) == 0:
         dropped["document_too_short"] += 1
     if len(numbers) > config.max_sequences_per_document:

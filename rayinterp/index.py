@@ -60,7 +60,7 @@ def embedding_dim(name: str) -> int:
     """Length of the encoder's vectors: some end in a layer that changes it."""
     from sentence_transformers import SentenceTransformer
 
-    dim = SentenceTransformer(embedder_path(name), device="cpu").get_sentence_embedding_dimension()
+    dim = SentenceTransformer(embedder_path(name), device="cpu").get_embedding_dimension()
     assert dim is not None, f"{name} does not know the length of its vectors"
     return dim
 

@@ -112,7 +112,7 @@ def documents(seed: int, num_documents: int = 2000, num_words: int = 120) -> Ite
 
 def _sentence(rng: random.Random, topic: str) -> list[str]:
     def noun() -> list[str]:
-        group = rng.choice((topic, "home", "weather", "bank", "home", "weather"))
+        group = rng.choice((topic, topic, "bank", "home", "weather"))
         return [rng.choice(("the", "a")), rng.choice(GROUPS[group])]
 
     return [*noun(), rng.choice(GROUPS["verbs"]), *noun(), rng.choice(("near", "under", "with")), *noun(), "."]

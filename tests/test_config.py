@@ -1,6 +1,9 @@
-import pytest
+from pathlib import Path
 
-from rayinterp.config import arm_id, differing_fields, load_config, parse_config, to_yaml
+import pytest
+import yaml
+
+from rayinterp.config import arm_id, differing_fields, load_config, parse_config, service_name, to_yaml
 from rayinterp.errors import UserError
 from tests.conftest import CONFIGS
 
@@ -8,7 +11,7 @@ from tests.conftest import CONFIGS
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_config_loads_and_survives_a_round_trip(path):
     config = load_config(path)
-    assert parse_config(__import__("yaml").safe_load(to_yaml(config))) == config
+    assert parse_config(yaml.safe_load(to_yaml(config))) == config
 
 
 @pytest.mark.parametrize(
@@ -52,7 +55,23 @@ def test_differing_fields_are_upstream_only_and_named():
         load_config(CONFIGS / "planted.yaml", overrides).model_dump(mode="json")
         for overrides in ([], ["corpus.shard_size=7", "score.num_bootstrap=5", "resources.harvest.num_actors=3"])
     )
-    assert differing_fields(old, new) == ["corpus.shard_size: 512 -> 7"]
+    assert differing_fields(old, new) == ["corpus.shard_size: 256 -> 7"]
+
+
+def test_how_an_arm_is_run_and_billed_is_not_part_of_its_name():
+    overrides = ["llms.knows.usd_per_million_prompt_tokens=1", "llms.knows.max_calls=9", "llms.knows.timeout_seconds=1"]
+    one, two = (load_config(CONFIGS / "planted.yaml", o).llms["knows"] for o in ([], overrides))
+    assert arm_id("knows", one) == arm_id("knows", two)
+
+
+def test_a_home_directory_is_the_users():
+    config = load_config(CONFIGS / "planted.yaml", ["run_dir=~/runs/x"])
+    assert config.run_dir == str(Path("~/runs/x").expanduser())
+    assert load_config(CONFIGS / "planted.yaml", ["run_dir=s3://b/x"]).run_dir == "s3://b/x"
+
+
+def test_runs_that_share_a_cluster_have_services_of_their_own():
+    assert service_name("simulator", "a", "runs/x") != service_name("simulator", "a", "runs/y")
 
 
 def test_an_arm_is_named_by_its_content():

@@ -94,6 +94,25 @@ def test_a_missing_key(tmp_path, monkeypatch):
     refused(demo(tmp_path, f"llms.smollm2={llm}"), "RAYINTERP_TEST_KEY")
 
 
+def test_an_unreachable_dataset(tmp_path):
+    refused(demo(tmp_path, "corpus.dataset=./data/pile"), "corpus.dataset", "./data/pile")
+
+
+def test_an_unknown_embedder(tmp_path):
+    refused(demo(tmp_path, "index.embedder=./no-encoder"), "index.embedder", "no-encoder")
+    refused(demo(tmp_path, "simulators.late_interaction.embedder=./nope"), "simulators.late_interaction.embedder")
+
+
+def test_the_oracle_knows_the_planted_subject_alone(tmp_path):
+    refused(demo(tmp_path, "simulators.x={engine: oracle}"), "simulators.x.engine", "planted")
+
+
+def test_reading_a_finished_run_needs_no_key(tmp_path, monkeypatch):
+    monkeypatch.delenv("RAYINTERP_TEST_KEY", raising=False)
+    llm = "{provider: openai, model: m, api_key_env: RAYINTERP_TEST_KEY}"
+    assert prepare(demo(tmp_path, f"llms.smollm2={llm}"), ["report"]).sources
+
+
 def test_an_empty_corpus(tmp_path):
     (tmp_path / "texts").mkdir()
     refused(demo(tmp_path, f"corpus.dataset={tmp_path / 'texts'}"), "corpus.dataset", ".jsonl.zst")

@@ -25,6 +25,24 @@ def test_the_first_write_of_a_key_wins(tmp_path):
     assert rows == {"1": "first", "2": "new"}
 
 
+def test_a_key_that_comes_twice_in_one_batch_is_written_once(tmp_path):
+    tables = Tables(str(tmp_path))
+    for expected in (1, 2):
+        tables.append("llm_calls", [call(expected, response="a"), call(expected, response="b")])
+        assert tables.read("llm_calls")["response"].to_pylist() == ["a"] * expected
+
+
+def test_a_committer_keeps_its_tables_compact(tmp_path, monkeypatch):
+    monkeypatch.setattr("rayinterp.tables.APPENDS_BETWEEN_COMPACTIONS", 5)
+    tables = Tables(str(tmp_path))
+    committer = Committer(tables)
+    for i in range(12):
+        committer.add({"llm_calls": [call(i)]})
+        committer.flush()
+    assert tables.count("llm_calls") == 12
+    assert len(tables.open("llm_calls").versions()) <= 6
+
+
 def test_an_unknown_column_is_refused():
     with pytest.raises(KeyError, match="respnse"):
         to_arrow("llm_calls", [call(1, respnse="x")])

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple, Protocol
 
 import openai
+from pydantic import SecretStr
 
 from rayinterp.config import LLMConfig
 from rayinterp.errors import UserError
@@ -67,8 +68,8 @@ def endpoint_of(config: LLMConfig) -> str:
     return "local" if config.provider == "local" else (config.base_url or "openai").partition("?")[0]
 
 
-def api_key(config: LLMConfig) -> str:
-    """The key from the environment.
+def api_key(config: LLMConfig) -> SecretStr:
+    """The key from the environment, in a wrapper that prints as stars.
 
     Raises:
         UserError: the variable is not set.
@@ -79,13 +80,13 @@ def api_key(config: LLMConfig) -> str:
             f"environment variable {config.api_key_env} (llms.*.api_key_env) is not set; export the key of "
             f"{config.base_url or 'the OpenAI API'}, or name another variable"
         )
-    return key
+    return SecretStr(key)
 
 
-def openai_client(config: LLMConfig) -> Generate:
+def openai_client(config: LLMConfig, key: SecretStr) -> Generate:
     """A client for any endpoint that speaks the OpenAI protocol."""
     client = openai.AsyncOpenAI(
-        api_key=api_key(config),
+        api_key=key.get_secret_value(),
         base_url=config.base_url,
         timeout=config.timeout_seconds,
         max_retries=config.max_retries,

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import ray
+from pydantic import SecretStr
 from ray import serve
 
 from rayinterp.config import (
@@ -32,7 +33,7 @@ from rayinterp.config import (
 )
 from rayinterp.errors import UserError
 from rayinterp.explain import explainer
-from rayinterp.explain.client import Generate, Ledger, openai_client, scripted_client
+from rayinterp.explain.client import Generate, Ledger, api_key, openai_client, scripted_client
 from rayinterp.explain.explainer import Call, Outcome
 from rayinterp.explain.lexical import lexical_explanation
 from rayinterp.explain.local import served_client
@@ -236,9 +237,9 @@ def why_not(records: dict[str, list[ActivationRecord]], over_budget: bool) -> st
 class SearchActor:
     """Runs the searches of several features at a time; all waiting is asynchronous."""
 
-    def __init__(self, config: RunConfig, tables: Tables, committer: Any) -> None:
+    def __init__(self, config: RunConfig, tables: Tables, committer: Any, keys: dict[str, SecretStr]) -> None:
         self._config, self._tables, self._committer = config, tables, committer
-        self._clients = {name: make_client(name, config) for name in llms_used(config)}
+        self._clients = {name: make_client(name, config, keys.get(name)) for name in llms_used(config)}
 
     async def explain(self, feature: FeatureId, arms: list[str], has_llm: bool) -> str | None:
         """Runs the named arms for one feature and hands their rows to the committer.
@@ -284,12 +285,15 @@ def llms_used(config: RunConfig) -> set[str]:
     return {arm.llm for arm in config.explainers.values() if isinstance(arm, OneShotConfig)}
 
 
-def make_client(name: str, config: RunConfig) -> Generate:
-    """The client of one LLM arm."""
+def make_client(name: str, config: RunConfig, key: SecretStr | None) -> Generate:
+    """The client of one LLM arm; `key` where it has an endpoint."""
     llm = config.llms[name]
     if llm.provider == "local":
         return served_client(service_name("llm", name, config.run_dir))
-    return scripted_client(llm) if llm.provider == "scripted" else openai_client(llm)
+    if llm.provider == "scripted":
+        return scripted_client(llm)
+    assert key is not None, f"no key for {name}"
+    return openai_client(llm, key)
 
 
 def calls_per_feature(config: RunConfig) -> int:
@@ -331,10 +335,12 @@ def run_explain(
     left = arms_left(config, tables, features)
     affordable = features_with_llm(config, features)
     resources = config.resources.search
+    # As an argument: actors on other machines lack the driver's environment, and a runtime environment is shown to all.
+    keys = {name: api_key(config.llms[name]) for name in llms_used(config) if config.llms[name].provider == "openai"}
     actor_class = ray.remote(SearchActor).options(
         num_cpus=resources.num_cpus, max_concurrency=config.resources.searches_per_actor, max_restarts=-1
     )
-    actors = [actor_class.remote(config, tables, committer) for _ in range(resources.num_actors)] if left else []
+    actors = [actor_class.remote(config, tables, committer, keys) for _ in range(resources.num_actors)] if left else []
     queue, waiting, done = list(left.items()), {}, len(features) - len(left)
     failures: list[str] = []
     progress(done, len(features))

@@ -4,10 +4,11 @@ import json
 import threading
 
 import pytest
+from pydantic import SecretStr
 
 from rayinterp.config import LLMConfig
 from rayinterp.errors import UserError
-from rayinterp.explain.client import Ledger, LLMError, LLMReply, LLMRequest, endpoint_of, openai_client, price
+from rayinterp.explain.client import Ledger, LLMError, LLMReply, LLMRequest, api_key, endpoint_of, openai_client, price
 
 REQUEST = LLMRequest("e", "m", ({"role": "user", "content": "hello"},), 0.7, 16, 1)
 SECRET = "sk-very-secret"
@@ -23,13 +24,14 @@ class Endpoint(http.server.BaseHTTPRequestHandler):
         if status == 200:
             message = {"role": "assistant", "content": "hi"}
             usage = {"prompt_tokens": 3, "completion_tokens": 1, "total_tokens": 4}
-            choice = {"index": 0, "message": message, "finish_reason": "length"}
+            choices = [{"index": 0, "message": message, "finish_reason": "length"}]
+            choices = getattr(self.server, "choices", choices)
             body = {
                 "id": "1",
                 "object": "chat.completion",
                 "created": 0,
                 "model": "m",
-                "choices": [choice],
+                "choices": choices,
                 "usage": usage,
             }
         data = json.dumps(body).encode()
@@ -45,8 +47,7 @@ class Endpoint(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def endpoint(monkeypatch):
-    monkeypatch.setenv("TEST_KEY", SECRET)
+def endpoint():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
     server.statuses, server.bodies = [], []
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -59,7 +60,7 @@ def endpoint(monkeypatch):
 
 
 async def test_an_endpoint_is_asked_and_answers(endpoint):
-    reply = await openai_client(endpoint.config)(REQUEST, "a/1")
+    reply = await openai_client(endpoint.config, SecretStr(SECRET))(REQUEST, "a/1")
     assert reply == LLMReply("hi", "length", 3, 1)
     (body,) = endpoint.bodies
     assert (body["model"], body["temperature"], body["max_tokens"], body["seed"]) == ("m", 0.7, 16, 1)
@@ -67,37 +68,50 @@ async def test_an_endpoint_is_asked_and_answers(endpoint):
 
 async def test_transient_faults_are_retried(endpoint):
     endpoint.statuses += [429, 503]
-    assert (await openai_client(endpoint.config)(REQUEST, "a/1")).text == "hi"
+    assert (await openai_client(endpoint.config, SecretStr(SECRET))(REQUEST, "a/1")).text == "hi"
     assert len(endpoint.bodies) == 3
 
 
 async def test_other_faults_are_not_retried_and_show_no_secret(endpoint):
     endpoint.statuses += [401]
     with pytest.raises(LLMError) as error:
-        await openai_client(endpoint.config)(REQUEST, "a/1")
+        await openai_client(endpoint.config, SecretStr(SECRET))(REQUEST, "a/1")
     assert len(endpoint.bodies) == 1
     assert "AuthenticationError 401" in str(error.value)
     assert SECRET not in str(error.value)
     assert error.value.__cause__ is None
 
 
+async def test_a_success_without_an_answer_is_a_failure(endpoint):
+    endpoint.choices = []
+    with pytest.raises(LLMError, match="without choices"):
+        await openai_client(endpoint.config, SecretStr(SECRET))(REQUEST, "a/1")
+
+
 async def test_retries_end(endpoint):
     endpoint.statuses += [500] * 10
     with pytest.raises(LLMError, match="500"):
-        await openai_client(endpoint.config.model_copy(update={"max_retries": 2}))(REQUEST, "a/1")
+        await openai_client(endpoint.config.model_copy(update={"max_retries": 2}), SecretStr(SECRET))(REQUEST, "a/1")
     assert len(endpoint.bodies) == 3
 
 
 def test_a_missing_key_is_named_before_anything_starts(monkeypatch):
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)
     with pytest.raises(UserError, match="NO_SUCH_KEY"):
-        openai_client(LLMConfig(provider="openai", model="m", api_key_env="NO_SUCH_KEY"))
+        api_key(LLMConfig(provider="openai", model="m", api_key_env="NO_SUCH_KEY"))
 
 
 @pytest.mark.parametrize("field", LLMRequest._fields)
 def test_every_part_of_a_request_is_in_its_hash(field):
     changed = {"messages": ({"role": "user", "content": "bye"},)}.get(field, "x")
     assert REQUEST._replace(**{field: changed}).hash != REQUEST.hash
+
+
+def test_a_key_does_not_print(monkeypatch):
+    monkeypatch.setenv("TEST_KEY", SECRET)
+    key = api_key(LLMConfig(provider="openai", model="m", api_key_env="TEST_KEY"))
+    assert key.get_secret_value() == SECRET
+    assert SECRET not in repr(key) + str(key)
 
 
 async def test_the_ledger_pays_once_and_remembers_across_runs():

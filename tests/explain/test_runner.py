@@ -3,7 +3,15 @@ import pytest
 
 from rayinterp.config import LexicalConfig, OneShotConfig, TreeConfig
 from rayinterp.explain.explainer import Outcome
-from rayinterp.explain.runner import Evaluation, Evaluator, calls_per_feature, features_with_llm, search_feature
+from rayinterp.explain.runner import (
+    Evaluation,
+    Evaluator,
+    arm_ids,
+    calls_per_feature,
+    features_with_llm,
+    search_feature,
+    why_not,
+)
 from rayinterp.explanation import Rule
 from rayinterp.records import ActivationRecord
 from rayinterp.simulate.simulator import TokenSequence
@@ -94,6 +102,23 @@ async def test_a_time_limit_keeps_what_there_is(records):
     hasty = TREE.model_copy(update={"time_limit_seconds": 1e-9})
     search = await search_feature(hasty, records, evaluate, proposer([]))
     assert {node.status for node in search.nodes} == {"stopped"}
+
+
+def test_an_arm_is_not_run_where_it_cannot_succeed(records):
+    assert why_not(records, over_budget=False) is None
+    assert why_not(records, over_budget=True) == "no_budget"
+    assert why_not({**records, "valid": []}, over_budget=False) == "no_records"
+    assert why_not({**records, "valid": records["valid"][1:]}, over_budget=False) == "no_positives"
+
+
+def test_an_explainer_is_named_by_its_simulator_and_llm_too(tmp_path):
+    def name(*overrides):
+        return arm_ids(planted_config(tmp_path, *overrides), "right")[0]
+
+    late = "simulators.oracle={engine: late_interaction, embedder: embedded/minilm-l6}"
+    assert name() != name(late)
+    assert name() != name("llms.knows.model=other")
+    assert name() == name("simulators.oracle.num_features=3", "llms.knows.max_calls=7")
 
 
 def test_a_call_budget_reaches_the_first_features_only(tmp_path):

@@ -29,7 +29,7 @@ def refused(config, *words):
 def test_the_demo_is_ready(tmp_path):
     prepared = prepare(demo(tmp_path))
     assert len(prepared.sources) == 2
-    assert all(len(features) == 12 for features in prepared.features.values())
+    assert all(len(features) == 9 for features in prepared.features.values())
 
 
 def test_an_unknown_model(tmp_path):

@@ -6,6 +6,7 @@ The chance of an answer comes from the request's seed alone, so a repeated reque
 from __future__ import annotations
 
 import asyncio
+import re
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -55,11 +56,12 @@ class LocalLLM:
         return LLMReply(text, "stop" if finished else "length", prompt_tokens, len(new))
 
     def _stop_after(self, list_cap: int, prompt_tokens: int) -> StoppingCriteriaList:
-        """Ends an answer after its last wanted object."""
+        """Ends an answer after its last wanted object, or where the model itself closes the list."""
 
         def enough(ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
             written = self._tokenizer.decode(ids[0, prompt_tokens:])
-            return torch.tensor([written.count("}") >= list_cap], device=ids.device)
+            closed = written.count("}") >= list_cap or re.search(r"\}\s*\]", written) is not None
+            return torch.tensor([closed], device=ids.device)
 
         return StoppingCriteriaList([enough] if list_cap else [])  # type: ignore[list-item]
 

@@ -76,9 +76,9 @@ class LLMReplica:
     """Runs `LocalLLM` in a thread, so that health checks are answered while it works."""
 
     def __init__(self, config: LLMConfig, num_replicas: int) -> None:
-        torch.set_num_threads(torch_threads(num_replicas))
         self._llm = LocalLLM(config)
-        self._thread = ThreadPoolExecutor(1)
+        # Torch counts threads per calling thread, and Ray's default for a share of a CPU is one.
+        self._thread = ThreadPoolExecutor(1, "llm", torch.set_num_threads, (torch_threads(num_replicas),))
 
     async def generate(self, request: LLMRequest) -> LLMReply:
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._llm.generate, request)

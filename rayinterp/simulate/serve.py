@@ -82,7 +82,6 @@ class SimulatorReplica:
         committer: ActorHandle | None = None,
         num_replicas: int = 1,
     ) -> None:
-        torch.set_num_threads(torch_threads(num_replicas))
         engine = load_simulator(config)
         self._memo: MemoSimulator | None = None
         if config.engine == "transformers":
@@ -92,7 +91,9 @@ class SimulatorReplica:
         self._simulator: Simulator = self._memo or engine
         self._memo_id = memo_id
         self._committer = committer
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="simulator")
+        # Torch counts threads per calling thread, and Ray's default for a share of a CPU is one.
+        threads = torch_threads(num_replicas)
+        self._thread = ThreadPoolExecutor(1, "simulator", torch.set_num_threads, (threads,))
         self._waiting: list[_Waiting] = []
         self._worker: asyncio.Task[None] | None = None
         self._num_requests = self._num_engine_calls = self._num_pairs = 0

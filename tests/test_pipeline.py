@@ -210,7 +210,7 @@ def parts(tables, stage):
     return tables.count("explanations"), 9
 
 
-@pytest.mark.parametrize("stage", ["harvest", "index", "explain"])
+@pytest.mark.parametrize("stage", ["harvest", pytest.param("index", marks=pytest.mark.slow), "explain"])
 def test_killed_in_the_middle_and_started_again_it_ends_with_the_same_tables(stage, planted_run, tmp_path):
     """SIGKILL of the driver once the stage has committed a part of its work; then a second run to the end."""
     folder = tmp_path / "run"

@@ -118,9 +118,9 @@ def _score_rows(
     true, documents = [test[i].activations for i in places], [test[i].document_id for i in places]
     wide = min(len(places) - len(silent), len(silent)) < WIDE_BELOW
     generator = generator_for(config.seed, feature, "bootstrap", explainer, control, simulator, source)
-    each = [
-        score_all(true, [p[i] for i in places], documents, generator, config.score.num_bootstrap, wide) for p in group
-    ]
+    # Only a single text's interval is kept.
+    num_bootstrap = config.score.num_bootstrap if len(group) == 1 else 1
+    each = [score_all(true, [p[i] for i in places], documents, generator, num_bootstrap, wide) for p in group]
     false_positives = [
         false_positives_per_sequence([test[i].activations for i in silent], [p[i] for i in silent]) for p in group
     ]

@@ -117,7 +117,9 @@ def _say_where(config: RunConfig, config_path: str, overrides: list[str] | None,
     if Tables(root).exists("features"):
         keys = Tables(root).read("features", ["feature_key"], "status = 'live'")["feature_key"].to_pylist()
         if keys:
-            console.print(f"One feature in the terminal:  rayinterp show {arguments} --feature {keys[0]}")
+            console.print(
+                f"One feature in the terminal:  rayinterp show {arguments} --feature {keys[0]}", soft_wrap=True
+            )
     filesystem, path = fsspec.core.url_to_fs(f"{root}/report.html")
     if filesystem.exists(path):
         console.print(f"The report, for a browser:    [bold]{path}[/bold]", soft_wrap=True)

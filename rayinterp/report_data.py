@@ -267,9 +267,9 @@ def _summarise_arm(book: ScoreBook, key: ScoreKey, statuses: Mapping[str, str], 
 
 
 def _control(book: ScoreBook, key: ScoreKey, control: str, config: RunConfig) -> ControlSummary:
-    """The control's mean over the features that the arm was graded on, so that the two stand side by side."""
-    rows = book.get(key.of(control), {})
-    beside = [rows[feature] for feature in book.get(key, {}) if feature in rows]
+    """The control's mean over the features that the arm has a score on, so that the two stand side by side."""
+    rows, arm = book.get(key.of(control), {}), book.get(key, {})
+    beside = [rows[feature] for feature, score in arm.items() if score.value is not None and feature in rows]
     return ControlSummary(
         control,
         _mean([score.value for score in beside], config),

@@ -49,8 +49,6 @@ REASONS = {
     "nothing_fires": "nothing fires in the train records",
     "no_budget": "beyond the budget",
     "stopped": "the search was stopped first",
-    "constant_prediction": "the same prediction everywhere",
-    "constant_truth": "the same activation everywhere",
     "undefined": "a correlation that is not defined",
     "duplicate": "same explanation as another node",
     "not_explained": "no explainer has run on it",

@@ -115,6 +115,7 @@ def test_variance_unexplained_is_one_for_a_mean_and_zero_for_the_truth(model, ma
     assert subject.variance_unexplained(IDS)["a"] == pytest.approx(1)
 
 
+@pytest.mark.filterwarnings(r"ignore:[\s\S]*non-empty model_from_pretrained_kwargs:UserWarning")
 def test_centred_writing_weights_centre_the_stream(model, make_sae):
     source, _ = make_sae("a", "blocks.1.hook_resid_post", model_from_pretrained_kwargs={"center_writing_weights": True})
     subject = LanguageModelSubject(model, [source], {"a": [0]})

@@ -14,6 +14,7 @@ from typing import Annotated
 import fsspec
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -33,6 +34,7 @@ from rayinterp.tables import Tables
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 console = Console()
 
+DAMAGE_SHOWN = 5
 DEMO_CONFIG = "configs/demo.yaml"
 
 ConfigPath = Annotated[str, typer.Argument(help="YAML file, e.g. configs/demo.yaml", metavar="CONFIG")]
@@ -57,6 +59,8 @@ def run_stages(config_path: str, overrides: list[str] | None, stages: tuple[str,
             display.begin(stage)
             counts = run_stage(run, stage, display.advance_to)
             display.end("  ".join(f"{number:,} {name}" for name, number in counts.items() if number))
+            if stage == "corpus":
+                _warn_of_damage(run.tables)
     _say_where(config, config_path, overrides, time.monotonic() - start)
 
 
@@ -77,19 +81,19 @@ class _Bars(Progress):
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[counts]}"),
+            TextColumn("{task.fields[note]}"),
             console=console,
         )
 
     def begin(self, stage: str) -> None:
-        self._bar = self.add_task(stage, total=None, counts="")
+        self._bar = self.add_task(stage, total=None, note="")
 
-    def advance_to(self, done: int, total: int) -> None:
-        self.update(self._bar, completed=done, total=total)
+    def advance_to(self, done: int, total: int, note: str = "") -> None:
+        self.update(self._bar, completed=done, total=total, note=note)
 
     def end(self, counts: str) -> None:
         total = next(task.total for task in self.tasks if task.id == self._bar) or 1
-        self.update(self._bar, total=total, completed=total, counts=counts)
+        self.update(self._bar, total=total, completed=total, note=counts)
 
 
 class _Lines:
@@ -99,15 +103,34 @@ class _Lines:
 
     def begin(self, stage: str) -> None:
         self._stage, self._begun, self._said = stage, time.monotonic(), time.monotonic()
+        self._first: tuple[int, float] | None = None
+        """Units that were done before, and when the stage said so: a resumed stage has not done them in no time."""
 
-    def advance_to(self, done: int, total: int) -> None:
+    def advance_to(self, done: int, total: int, note: str = "") -> None:
+        elapsed = time.monotonic() - self._begun
+        if self._first is None:
+            self._first = done, elapsed
         if time.monotonic() - self._said > self.SECONDS_BETWEEN:
             self._said = time.monotonic()
-            console.print(f"{self._stage:>8}  {done}/{total}", highlight=False)
+            fresh = done - self._first[0]
+            left = f"  {(elapsed - self._first[1]) / fresh * (total - done):,.0f} s left" if fresh else ""
+            console.print(f"{self._stage:>8}  {done}/{total}  {note}{left}", highlight=False, soft_wrap=True)
 
     def end(self, counts: str) -> None:
         seconds = time.monotonic() - self._begun
         console.print(f"{self._stage:>8}  done in {seconds:.0f} s  {counts}", highlight=False, soft_wrap=True)
+
+
+def _warn_of_damage(tables: Tables) -> None:
+    """Names what could not be read: the run goes on without it."""
+    from rayinterp.corpus import damaged
+
+    places = damaged(tables)
+    if places:
+        more = [f"and {len(places) - DAMAGE_SHOWN} more"] if len(places) > DAMAGE_SHOWN else []
+        listed = "".join(f"\n          {place}" for place in [*places[:DAMAGE_SHOWN], *more])
+        warning = f"[yellow] warning[/yellow]  left out, all of it is in the table corpus_files:{escape(listed)}"
+        console.print(warning, highlight=False, soft_wrap=True)
 
 
 def _say_where(config: RunConfig, config_path: str, overrides: list[str] | None, seconds: float) -> None:

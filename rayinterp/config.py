@@ -25,7 +25,7 @@ Calibration = Literal["none", "difference", "ratio"]
 
 UPSTREAM = ("seed", "subject", "corpus", "harvest", "index", "records")
 """Sections that are fixed per run directory."""
-NOT_FROZEN = ("subject.device", "subject.max_variance_unexplained")
+NOT_FROZEN = ("subject.device", "subject.device_map", "subject.compile", "subject.max_variance_unexplained")
 """Fields in them that change no table."""
 
 
@@ -60,8 +60,18 @@ class SubjectConfig(_Section):
     """Commit of the model, so that a run can be repeated."""
     dtype: Dtype = "auto"
     """Precision of the model; auto takes bfloat16 where the hardware has it."""
+    sae_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the SAEs."""
     device: str = "auto"
     """cuda, cpu, or auto."""
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] | None = None
+    """Attention kernel; left out, transformers chooses."""
+    device_map: str | None = None
+    """As in transformers, e.g. auto: spreads a model that is too large for one GPU over the GPUs of an actor."""
+    quantization: Literal["none", "8bit", "4bit"] = "none"
+    """bitsandbytes quantization of the model."""
+    compile: bool = False
+    """`torch.compile` the layers: pays on GPUs, for runs of many minutes."""
     saes: SaeConfig
     """The SAEs."""
     features: Literal["all"] | int | list[int] | FeatureRange = 16
@@ -74,7 +84,14 @@ class SubjectConfig(_Section):
 
 class CorpusConfig(_Section):
     dataset: str
-    """Hugging Face dataset, local file or folder (jsonl[.zst|.gz], parquet, txt), `embedded` or `planted`."""
+    """Hugging Face dataset, local file or folder (jsonl[.zst|.gz], parquet, txt), a URL (`s3://`, `gs://`, `hf://`) of
+    such a folder, `embedded` or `planted`."""
+    reader: Literal["files", "datasets"] = "files"
+    """files: the dataset's data files as they are; datasets: through Hugging Face datasets, streaming."""
+    hf_config: str | None = None
+    """Configuration of a dataset that is read through datasets."""
+    hf_split: str = "train"
+    """Its split."""
     files: str | None = None
     """Glob of input files within the dataset, e.g. `train/*.jsonl.zst`; by default all that can be read."""
     text_field: str = "text"
@@ -95,6 +112,14 @@ class CorpusConfig(_Section):
     """Sequences per shard: the unit of work and of resumption."""
 
     @model_validator(mode="after")
+    def _hub_options_need_their_reader(self) -> CorpusConfig:
+        if self.reader == "files" and (self.hf_config is not None or self.hf_split != "train"):
+            raise ValueError("hf_config and hf_split take effect with reader: datasets alone; set it, or remove them")
+        if self.reader == "datasets" and self.files is not None:
+            raise ValueError("files takes effect with reader: files alone; set it, or remove files")
+        return self
+
+    @model_validator(mode="after")
     def _splits_add_up(self) -> CorpusConfig:
         if min(self.splits) <= 0 or abs(sum(self.splits) - 1) > 1e-6:
             raise ValueError(f"splits is {list(self.splits)}; give three shares above 0 that add up to 1")
@@ -102,8 +127,9 @@ class CorpusConfig(_Section):
 
 
 class HarvestConfig(_Section):
-    batch_size: int = Field(default=64, gt=0)
-    """Sequences per forward pass; a batch never crosses a shard, so results do not depend on the workers."""
+    token_budget: int = Field(default=4096, gt=0)
+    """Tokens per forward pass: as many sequences as fit, at least one. A batch never crosses a shard, so results do not
+    depend on the workers."""
     min_sequences: int = Field(default=20, gt=0)
     """A feature active in fewer train sequences is `too_few`."""
     max_density: float = Field(default=0.2, gt=0, le=1)
@@ -133,6 +159,10 @@ class RecordsConfig(_Section):
     """How positives are chosen: highest maxima, spread over the quantiles, or half and half."""
     complementary: tuple[Source, ...] = ("similar_negative", "random_negative")
     """Complementary sources, each drawn on its own."""
+    holistic: Literal["none", "positive", "all"] = "none"
+    """Records whose holistic activations are computed: the fall of the mean activation as each token is dropped."""
+    holistic_splits: tuple[Literal["train", "valid", "test"], ...] = ("train",)
+    """Splits in which they are."""
     num_query_positives: int = Field(default=400, gt=0)
     """Train positives whose mean embedding is the query for similar records."""
     train: SplitQuota = SplitQuota(positive=10, complementary=10)
@@ -301,12 +331,29 @@ class StageResources(_Section):
     """GPUs each."""
 
 
+class PoolResources(StageResources):
+    """A stage whose actors take work from a queue: the pool may grow while the stage runs."""
+
+    max_actors: int | None = Field(default=None, gt=0)
+    """Actors at most; left out, as many as num_actors."""
+
+    @model_validator(mode="after")
+    def _grows(self) -> PoolResources:
+        if self.max_actors is not None and self.max_actors < self.num_actors:
+            raise ValueError(f"max_actors is {self.max_actors}, below num_actors ({self.num_actors})")
+        return self
+
+    def pool(self, num_units: int) -> tuple[int, int]:
+        """(smallest, largest) number of actors for so many units of work."""
+        return min(self.num_actors, num_units), min(self.max_actors or self.num_actors, num_units)
+
+
 class ResourcesConfig(_Section):
     address: str | None = None
     """Ray cluster to join; left out, the one that RAY_ADDRESS names, or a new local one."""
-    corpus: StageResources = StageResources()
-    harvest: StageResources = StageResources()
-    index: StageResources = StageResources()
+    corpus: PoolResources = PoolResources()
+    harvest: PoolResources = PoolResources()
+    index: PoolResources = PoolResources()
     search: StageResources = StageResources(num_cpus=0.1)
     score: StageResources = StageResources(num_cpus=0.5)
     simulator: StageResources = StageResources(num_cpus=0.1)

@@ -1,36 +1,38 @@
-"""Corpus: streams documents and cuts them into fixed-length sequences with stable ids and splits. Writes `sequences`.
+"""Corpus: cuts documents into fixed-length sequences with stable ids and splits. Writes `sequences`, `corpus_files`.
 
-One task per input file, each with its own quota, so the table depends on the config alone and not on the number of
-workers. What is left out is counted by reason.
+    input files -> FileCutter (actor pool) -> `windows` -> distinct, numbered (the driver) -> `sequences`
+
+Each input file has its own quota, so the tables depend on the config alone and not on the number of workers. A worker
+streams its file into `windows`, which is dropped at the end; a run that was killed goes on with the files that are
+left. Nothing is held whole: neither a file nor the corpus. What is left out is counted by reason.
 """
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import io
 import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import PurePosixPath
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import fsspec
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray.data
-import zstandard
 
 from rayinterp import embedded, planted
 from rayinterp.config import CorpusConfig, RunConfig
+from rayinterp.documents import Dropped, list_files, read_documents
 from rayinterp.errors import UserError
+from rayinterp.progress import Progress, Throughput, silent
 from rayinterp.tables import SCHEMAS, Tables
 
-READABLE = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet", ".txt")
+if TYPE_CHECKING:
+    from jaxtyping import Bool
 
 FILE_BITS, DOCUMENT_BITS, WINDOW_BITS = 19, 30, 14
 """`sequence_id` packs file, document within the file and window within the document into 63 bits."""
+ROWS_AT_A_TIME = 4096
 
 
 class Tokenizer(Protocol):
@@ -47,78 +49,10 @@ def load_tokenizer(config: RunConfig) -> Tokenizer:
         return planted.PlantedTokenizer()
     from transformers import AutoTokenizer
 
-    name = config.subject.model
-    path = embedded.model_path(name) if embedded.is_embedded(name) else name
-    return AutoTokenizer.from_pretrained(path, revision=config.subject.revision)
+    return AutoTokenizer.from_pretrained(embedded.resolve(config.subject.model), revision=config.subject.revision)
 
 
-def list_files(config: CorpusConfig) -> list[str]:
-    """Input files in a fixed order: fsspec URLs, or subsets of the embedded corpus.
-
-    Raises:
-        UserError: nothing that can be read.
-    """
-    if config.dataset == "embedded":
-        return [f"embedded:{subset}" for subset in embedded.CORPUS_SUBSETS]
-    if config.dataset == "planted":
-        return ["planted:0"]
-    local = fsspec.filesystem("file")
-    if local.isfile(config.dataset):
-        return [config.dataset]
-    if local.isdir(config.dataset) or "://" in config.dataset:
-        root = config.dataset.rstrip("/")
-    else:
-        root = f"hf://datasets/{config.dataset}"
-    try:
-        filesystem, path = fsspec.core.url_to_fs(root)
-        found = sorted(filesystem.glob(f"{path}/{config.files or '**'}"))
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise UserError(
-            f"corpus.dataset {config.dataset!r} is not a local file or folder, and cannot be listed as {root} "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no more is known'}); check the "
-            "name and the network"
-        ) from None
-    files = [filesystem.unstrip_protocol(name) for name in found if name.endswith(READABLE)]
-    if not files:
-        raise UserError(
-            f"corpus.dataset {config.dataset!r} (corpus.files {config.files!r}) holds no file ending in "
-            f"{', '.join(READABLE)}; give a dataset, a folder or a file that does"
-        )
-    return files
-
-
-def read_documents(file: str, seed: int) -> Iterator[dict]:
-    """Documents of one input file, streamed."""
-    scheme, _, name = file.partition(":")
-    if scheme == "embedded":
-        yield from embedded.documents(name)
-    elif scheme == "planted":
-        yield from planted.documents(seed)
-    else:
-        with fsspec.open(file, "rb") as raw:
-            yield from _parse(file, raw)
-
-
-def _parse(file: str, raw: Any) -> Iterator[dict]:
-    if file.endswith(".parquet"):
-        for batch in pq.ParquetFile(raw).iter_batches(batch_size=256):
-            yield from batch.to_pylist()
-    elif file.endswith(".txt"):
-        yield {
-            "text": raw.read().decode("utf-8", errors="replace"),
-            "meta": {"pile_set_name": PurePosixPath(file).stem},
-        }
-    else:
-        if file.endswith(".zst"):
-            raw = zstandard.ZstdDecompressor().stream_reader(raw)
-        elif file.endswith(".gz"):
-            raw = gzip.GzipFile(fileobj=raw)
-        for line in io.TextIOWrapper(raw, encoding="utf-8"):
-            if line.strip():
-                yield json.loads(line)
-
-
-def field(document: dict, path: str) -> Any:
+def field(document: dict[str, Any], path: str) -> Any:
     """A nested field, `meta.pile_set_name`; None where it is missing."""
     value: Any = document
     for key in path.split("."):
@@ -129,6 +63,11 @@ def field(document: dict, path: str) -> Any:
 def stable_hash(text: str) -> int:
     """63 bits that depend on the text alone (Python's own hash changes from process to process)."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big") >> 1
+
+
+def digest(token_ids: list[int]) -> bytes:
+    """16 bytes that tell windows apart: two of a billion agree by chance once in 10^20 corpora."""
+    return hashlib.blake2b(np.asarray(token_ids, dtype=np.int32).tobytes(), digest_size=16).digest()
 
 
 def split_of(seed: int, document_id: int, shares: tuple[float, float, float]) -> str:
@@ -143,7 +82,7 @@ def quotas(total: int, num_files: int) -> list[int]:
 
 
 def windows(
-    document: dict, tokenizer: Tokenizer, config: CorpusConfig, seed: int, dropped: Counter
+    document: dict[str, Any], tokenizer: Tokenizer, config: CorpusConfig, seed: int, dropped: Counter[str]
 ) -> list[tuple[int, list[int], str]]:
     """Windows of one document as (window number, token ids, text); a long document gives a seeded sample of its own."""
     text = field(document, config.text_field)
@@ -176,98 +115,164 @@ def windows(
 
 
 def cut_file(
-    file_number: int, file: str, quota: int, tokenizer: Tokenizer, config: CorpusConfig, seed: int
-) -> tuple[list[dict], Counter]:
-    """Sequences of one input file, up to its quota, and what was dropped on the way, by reason."""
-    rows: list[dict] = []
-    dropped: Counter = Counter()
-    seen: set[tuple[int, ...]] = set()
-    for document_number, document in enumerate(read_documents(file, seed)):
-        if len(rows) >= quota:
+    file_number: int, file: str, quota: int, tokenizer: Tokenizer, config: CorpusConfig, seed: int, dropped: Dropped
+) -> Iterator[dict[str, Any]]:
+    """Sequences of one input file, streamed, up to its quota; what is left out on the way goes to `dropped`."""
+    seen: set[bytes] = set()
+    for document_number, document in enumerate(read_documents(file, config, seed, dropped)):
+        if len(seen) >= quota:
             break
-        kept = windows(document, tokenizer, config, seed, dropped)
+        kept = windows(document, tokenizer, config, seed, dropped.counts)
         if not kept:
             continue
         document_id = stable_hash(field(document, config.text_field))
-        for number, ids, text in kept[: quota - len(rows)]:
-            if tuple(ids) in seen:
-                dropped["duplicate"] += 1
+        for number, ids, text in kept:
+            window_digest = digest(ids)
+            if window_digest in seen:
+                dropped.counts["duplicate"] += 1
                 continue
-            seen.add(tuple(ids))
-            place = (file_number << DOCUMENT_BITS | document_number) << WINDOW_BITS | number
-            rows.append(
-                {
-                    "sequence_id": place,
-                    "document_id": document_id,
-                    "subset": str(field(document, config.subset_field) or PurePosixPath(file).name),
-                    "split": split_of(seed, document_id, config.splits),
-                    "token_ids": ids,
-                    "text": text,
-                }
-            )
-    dropped["short_of_quota"] += quota - len(rows)
-    return rows, dropped
+            if len(seen) >= quota:
+                break
+            seen.add(window_digest)
+            yield {
+                "sequence_id": (file_number << DOCUMENT_BITS | document_number) << WINDOW_BITS | number,
+                "document_id": document_id,
+                "subset": str(field(document, config.subset_field) or PurePosixPath(file).name),
+                "split": split_of(seed, document_id, config.splits),
+                "token_ids": ids,
+                "text": text,
+                "digest": window_digest,
+            }
+    dropped.counts["short_of_quota"] += quota - len(seen)
 
 
 class FileCutter:
-    """What a Ray Data worker runs: an input file to its sequences."""
+    """What the actor pool runs: one input file in, fragments of `windows` out."""
 
-    def __init__(self, config: RunConfig) -> None:
-        self._config = config
+    def __init__(self, config: RunConfig, tables: Tables) -> None:
+        self._config, self._tables = config, tables
         self._tokenizer = load_tokenizer(config)
 
-    def __call__(self, file: dict[str, Any]) -> list[dict[str, Any]]:
-        corpus, seed = self._config.corpus, self._config.seed
-        rows, dropped = cut_file(file["number"], file["file"], file["quota"], self._tokenizer, corpus, seed)
-        table = pa.Table.from_pylist(rows, schema=_CUT_SCHEMA)
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, table.schema) as writer:
-            writer.write_table(table)
-        return [{"rows": sink.getvalue().to_pybytes(), "dropped": json.dumps(dropped)}]
+    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        corpus, seed, dropped = self._config.corpus, self._config.seed, Dropped()
+        number, file, quota = int(item["file_number"]), item["file"], int(item["quota"])
+        counted = Counter()
+
+        def batches() -> Iterator[pa.RecordBatch]:
+            rows: list[dict[str, Any]] = []
+            for row in cut_file(number, file, quota, self._tokenizer, corpus, seed, dropped):
+                rows.append({**row, "file_number": number})
+                if len(rows) == ROWS_AT_A_TIME:
+                    counted["sequences"] += len(rows)
+                    yield pa.RecordBatch.from_pylist(rows, SCHEMAS["windows"])
+                    rows = []
+            counted["sequences"] += len(rows)
+            if rows:
+                yield pa.RecordBatch.from_pylist(rows, SCHEMAS["windows"])
+
+        reader = pa.RecordBatchReader.from_batches(SCHEMAS["windows"], batches())
+        fragments = self._tables.write_fragments("windows", reader)
+        counts = {reason: count for reason, count in sorted(dropped.counts.items()) if count}
+        return {
+            "unit": number,
+            "fragments": fragments,
+            "num_tokens": counted["sequences"] * corpus.sequence_length,
+            "row": json.dumps(
+                {
+                    "file_number": number,
+                    "file": file,
+                    "quota": quota,
+                    "num_sequences": counted["sequences"],
+                    "dropped": json.dumps(counts),
+                    "damaged": dropped.named,
+                }
+            ),
+        }
 
 
-_CUT_SCHEMA = pa.schema([f for f in SCHEMAS["sequences"] if f.name not in ("shard", "row")])
+def first_of_each(digests: pa.Array) -> Bool[np.ndarray, "n"]:
+    """True at the first place of every distinct digest."""
+    pairs = np.frombuffer(b"".join(digests.to_pylist()), dtype=np.uint64).reshape(-1, 2)
+    order = np.lexsort((pairs[:, 0], pairs[:, 1]))  # stable: of equal digests the first place comes first
+    again = (pairs[order][1:] == pairs[order][:-1]).all(axis=1)
+    keep = np.ones(len(pairs), dtype=bool)
+    keep[order[1:][again]] = False
+    return keep
 
 
-def number_shards(sequences: pa.Table, shard_size: int) -> tuple[pa.Table, int]:
-    """Sorts by id, drops later copies of a window, numbers shards and rows; also returns how many were dropped."""
-    sequences = sequences.sort_by("sequence_id")
-    first: dict[bytes, int] = {}
-    for place, ids in enumerate(sequences["token_ids"].to_pylist()):
-        first.setdefault(np.asarray(ids, dtype=np.int32).tobytes(), place)
-    kept = sequences.take(pa.array(list(first.values()), pa.int64()))
-    number = np.arange(kept.num_rows, dtype=np.int32)
-    kept = kept.append_column("shard", pa.array(number // shard_size))
-    kept = kept.append_column("row", pa.array(number % shard_size))
-    return kept.select(SCHEMAS["sequences"].names).cast(SCHEMAS["sequences"]), sequences.num_rows - kept.num_rows
+def number_shards(batches: Iterator[pa.RecordBatch], keep: Bool[np.ndarray, "n"], shard_size: int) -> Iterator[Any]:
+    """Batches of `sequences` from batches of `windows` in sequence_id order: kept rows with their shard and row."""
+    schema = SCHEMAS["sequences"]
+    place = number = 0
+    for batch in batches:
+        kept = batch.filter(pa.array(keep[place : place + batch.num_rows]))
+        place += batch.num_rows
+        numbers = np.arange(number, number + kept.num_rows, dtype=np.int32)
+        number += kept.num_rows
+        columns = {"shard": pa.array(numbers // shard_size), "row": pa.array(numbers % shard_size)}
+        arrays = [columns[name] if name in columns else kept.column(name) for name in schema.names]
+        yield pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
-def run_corpus(config: RunConfig, tables: Tables) -> dict[str, int]:
-    """Writes `sequences` in one commit; returns counts of what was kept and dropped."""
+def run_corpus(config: RunConfig, tables: Tables, progress: Progress = silent) -> dict[str, int]:
+    """Writes what is left of `sequences`; returns counts of what was kept and dropped."""
+    if not tables.exists("sequences"):
+        _cut_files(config, tables, progress)
+        digests = [batch.column(0) for batch in tables.sorted_batches("windows", ["digest"], "file_number")]
+        keep = first_of_each(pa.chunked_array(digests, pa.binary(16)).combine_chunks())
+        if not keep.any():
+            raise UserError(
+                f"corpus.dataset {config.corpus.dataset!r} gave no sequence of {config.corpus.sequence_length} tokens "
+                f"({_counts(tables)}); lower corpus.sequence_length, or set corpus.ascii_only to false"
+            )
+        columns = [name for name in SCHEMAS["sequences"].names if name in SCHEMAS["windows"].names]
+        batches = tables.sorted_batches("windows", columns, "file_number")
+        numbered = number_shards(batches, keep, config.corpus.shard_size)
+        tables.create("sequences", pa.RecordBatchReader.from_batches(SCHEMAS["sequences"], numbered))
+    if not tables.is_finished("sequences"):
+        tables.finish("sequences")
+    tables.drop("windows")
+    return _counts(tables)
+
+
+def _cut_files(config: RunConfig, tables: Tables, progress: Progress) -> None:
+    """Fills `windows` and `corpus_files` from the input files that are left."""
     files, resources = list_files(config.corpus), config.resources.corpus
+    finished = tables.distinct("corpus_files", "file_number")
     work = [
-        {"number": number, "file": file, "quota": quota}
+        {"file_number": number, "file": file, "quota": quota}
         for number, (file, quota) in enumerate(zip(files, quotas(config.corpus.num_sequences, len(files)), strict=True))
-        if quota
+        if quota and number not in finished
     ]
-    results = (
-        ray.data.from_items(work, override_num_blocks=len(work))
-        .flat_map(
-            FileCutter,
-            fn_constructor_args=(config,),
-            compute=ray.data.ActorPoolStrategy(size=min(len(work), resources.num_actors)),
-            num_cpus=resources.num_cpus,
-        )
-        .take_all()
+    if not work:
+        return
+    throughput = Throughput(config.name, "corpus", len(finished), len(finished) + len(work))
+    throughput.report(progress)
+    tables.create_empty("windows")
+    smallest, largest = resources.pool(len(work))
+    results = ray.data.from_items(work, override_num_blocks=len(work)).map(
+        FileCutter,  # pyright: ignore[reportArgumentType]
+        fn_constructor_args=(config, tables),
+        compute=ray.data.ActorPoolStrategy(min_size=smallest, max_size=largest),
+        num_cpus=resources.num_cpus,
     )
-    parts = [pa.ipc.open_stream(result["rows"]).read_all() for result in results]
-    sequences, duplicates = number_shards(pa.concat_tables(parts), config.corpus.shard_size)
-    if sequences.num_rows == 0:
-        raise UserError(
-            f"corpus.dataset {config.corpus.dataset!r} gave no sequence of {config.corpus.sequence_length} tokens; "
-            "lower corpus.sequence_length, or set corpus.ascii_only to false"
-        )
-    tables.create("sequences", sequences)
-    tables.finish("sequences")
-    dropped = sum((Counter(json.loads(result["dropped"])) for result in results), Counter())
-    return {"sequences": sequences.num_rows, **+dropped, "duplicate": dropped["duplicate"] + duplicates}
+    for result in tables.stream_commit("windows", results):
+        # After its windows: this row marks the file as finished.
+        tables.append("corpus_files", [json.loads(result["row"])])
+        throughput.add(1, result["num_tokens"])
+        throughput.report(progress)
+
+
+def _counts(tables: Tables) -> dict[str, int]:
+    """Sequences, damaged places and what else was dropped, for people."""
+    files = tables.read("corpus_files", ["num_sequences", "dropped"]).to_pylist()
+    dropped = sum((Counter(json.loads(file["dropped"])) for file in files), Counter())
+    num_sequences = tables.count("sequences")
+    if num_sequences:
+        dropped["duplicate"] += sum(file["num_sequences"] for file in files) - num_sequences
+    return {"sequences": num_sequences, **+dropped}
+
+
+def damaged(tables: Tables) -> list[str]:
+    """The places of the corpus that could not be read, by name."""
+    return [name for file in tables.read("corpus_files", ["damaged"]).to_pylist() for name in file["damaged"]]

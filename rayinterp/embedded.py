@@ -69,6 +69,11 @@ def is_embedded(name: str) -> bool:
     return name == DATASET or name.startswith(f"{DATASET}/")
 
 
+def resolve(name: str) -> str:
+    """The folder of an embedded language model; any other name as it is."""
+    return str(model_path(name)) if is_embedded(name) else name
+
+
 def missing_packages() -> list[str]:
     """The pip names of the data packages that are not installed here, in a fixed order."""
     return [package.name for package in PACKAGES if not _is_installed(package)]

@@ -18,7 +18,7 @@ from ray import serve
 from rayinterp.config import RunConfig, TransformersSimulatorConfig, arm_id, service_name
 from rayinterp.controls import shuffled_features, token_lookup
 from rayinterp.explanation import Explanation, from_json
-from rayinterp.harvest import Progress
+from rayinterp.progress import Progress, silent
 from rayinterp.records import ActivationRecord, generator_for, load_records
 from rayinterp.score import SCORERS, WIDE_BELOW, Score, false_positives_per_sequence, score_all
 from rayinterp.simulate.simulator import CONTROL_NULLS, NULL_EXPLANATIONS, RuleRequest, combine
@@ -335,9 +335,7 @@ def plan_score(config: RunConfig, tables: Tables, explainers: list[str]) -> Scor
     return plan
 
 
-def run_score(
-    config: RunConfig, tables: Tables, plan: ScorePlan, progress: Progress = lambda done, total: None
-) -> dict[str, int]:
+def run_score(config: RunConfig, tables: Tables, plan: ScorePlan, progress: Progress = silent) -> dict[str, int]:
     """Grades what the plan names, in Ray tasks; the simulators it names must have been deployed."""
     task = ray.remote(grade_block).options(num_cpus=config.resources.score.num_cpus)
     tables.append("scores", plan.unscored)

@@ -1,6 +1,6 @@
-"""Harvest: feature activations of every sequence, as an inverted index. Writes `activations` and `features`.
+"""Harvest: feature activations of every sequence, as an inverted index. Writes `activations`, `features` and `saes`.
 
-    shards left to do -> Harvester (actor pool) -> fragments -> one committer (the driver)
+    shards left to do -> Harvester (actor pool) -> fragments -> one committer -> statistics (tasks) -> features
 
 A shard is the unit of work: an actor reads it, runs the subject on it and writes one posting list per active feature.
 Batches never cross a shard, so the numbers do not depend on how many actors there are.
@@ -8,9 +8,12 @@ Batches never cross a shard, so the numbers do not depend on how many actors the
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,21 +22,33 @@ import ray.data
 import torch
 
 from rayinterp import embedded, planted
-from rayinterp.config import FeatureRange, HarvestConfig, RunConfig
+from rayinterp.config import FeatureRange, RunConfig
 from rayinterp.errors import UserError
-from rayinterp.subject import FeatureId, LanguageModelSubject, SaeSource, Subject
+from rayinterp.postings import (
+    MARKER,
+    STATISTICS,
+    Place,
+    feature_statistics,
+    join_batches,
+    places,
+    to_postings,
+)
+from rayinterp.progress import Progress, Throughput, silent
+from rayinterp.saes import SaeSource
+from rayinterp.subject import LanguageModelSubject, SparseActivations, Subject, SubjectCheck
 from rayinterp.tables import SCHEMAS, Tables, sql_in
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Int
 
-Progress = Callable[[int, int], None]
-"""Called with (done, total)."""
-
-MARKER = -1
-"""The `feature` of the row that says a shard is finished."""
-
-QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
+NUM_CHECKED = 16
+"""Sequences on which an actor looks at its SAEs before it begins: the first ones of the corpus, so that all agree."""
+OUTLIER_NORM = 10.0
+"""What an SAE reads is an outlier from so many times the median length on: an attention sink, most likely."""
+NUM_OUTLIERS_NAMED = 50
+"""Kinds of outlier tokens kept per shard."""
+LISTS_PER_TASK = 20_000
+"""Posting lists whose statistics one task merges."""
 
 
 def sae_sources(config: RunConfig, num_layers: int) -> list[SaeSource]:
@@ -81,102 +96,30 @@ def load_subject(config: RunConfig, sources: list[SaeSource], features: dict[str
     if subject.model == "planted":
         return planted.PlantedSubject(features)
     return LanguageModelSubject(
-        str(embedded.model_path(subject.model)) if embedded.is_embedded(subject.model) else subject.model,
+        embedded.resolve(subject.model),
         sources,
         features,
         revision=subject.revision,
         device=subject.device,
         dtype=subject.dtype,
+        sae_dtype=subject.sae_dtype,
+        attn_implementation=subject.attn_implementation,
+        device_map=subject.device_map,
+        quantization=subject.quantization,
+        compile_layers=subject.compile,
         prepend_bos=subject.prepend_bos,
     )
 
 
-class Postings(NamedTuple):
-    """One feature's non-zero activations in one shard, in CSR form."""
-
-    rows: np.ndarray
-    """int32 [r], ascending."""
-    max_activations: np.ndarray
-    """float32 [r]."""
-    offsets: np.ndarray
-    """int32 [r + 1]."""
-    positions: np.ndarray
-    """uint16 [n]."""
-    values: np.ndarray
-    """float32 [n]."""
-
-
-def to_postings(activations: Float[np.ndarray, "rows seq"]) -> Postings | None:
-    """Sparse form of one feature's activations; None where it never fires."""
-    rows, positions = np.nonzero(activations)
-    if len(rows) == 0:
-        return None
-    unique, starts = np.unique(rows, return_index=True)
-    values = activations[rows, positions].astype(np.float32)
-    return Postings(
-        rows=unique.astype(np.int32),
-        max_activations=np.maximum.reduceat(values, starts),
-        offsets=np.append(starts, len(rows)).astype(np.int32),
-        positions=positions.astype(np.uint16),
-        values=values,
-    )
-
-
-class Harvester:
-    """What the actor pool runs: one shard in, fragments of `activations` out."""
-
-    def __init__(
-        self, config: RunConfig, tables: Tables, sources: list[SaeSource], features: dict[str, list[int]]
-    ) -> None:
-        torch.set_num_threads(torch_threads(config.resources.harvest.num_actors))
-        self._config, self._tables = config, tables
-        self._subject = load_subject(config, sources, features)
-        self._checked = False
-
-    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        shard = int(item["shard"])
-        sequences = self._tables.read("sequences", ["row", "token_ids"], f"shard = {shard}").sort_by("row")
-        token_ids = torch.tensor(sequences["token_ids"].to_pylist())
-        rows = self._shard_rows(shard, token_ids)
-        return {
-            "shard": shard,
-            "fragments": self._tables.write_fragments("activations", pa.Table.from_pylist(rows, _ACTIVATIONS)),
-            "num_tokens": token_ids.numel(),
-        }
-
-    def _shard_rows(self, shard: int, token_ids: Int[torch.Tensor, "rows seq"]) -> list[dict[str, Any]]:
-        batches = token_ids.split(self._config.harvest.batch_size)
-        if not self._checked:
-            check_reconstruction(self._subject.variance_unexplained(batches[0]), self._config)
-            self._checked = True
-        parts = [{sae: a.cpu() for sae, a in self._subject.activations(batch).items()} for batch in batches]
-        rows: list[dict[str, Any]] = []
-        for sae, features in self._subject.features.items():
-            activations = torch.cat([part[sae] for part in parts]).numpy()
-            for column, feature in enumerate(features):
-                postings = to_postings(activations[:, :, column])
-                if postings is not None:
-                    key = str(FeatureId(sae, feature))
-                    rows.append(
-                        {"feature_key": key, "sae": sae, "feature": feature, "shard": shard, **postings._asdict()}
-                    )
-        num_sequences, num_tokens = len(token_ids), token_ids.numel()
-        marker = {"feature_key": "", "sae": "", "feature": MARKER, "shard": shard}
-        return [*rows, {**marker, "num_sequences": num_sequences, "num_tokens": num_tokens}]
-
-
-_ACTIVATIONS = SCHEMAS["activations"]
-
-
-def check_reconstruction(unexplained: dict[str, float], config: RunConfig) -> None:
+def check_reconstruction(checks: dict[str, SubjectCheck], limit: float) -> None:
     """Stops a harvest that reads the wrong tensor.
 
     Raises:
-        UserError: an SAE's reconstruction misses more than `subject.max_variance_unexplained`.
+        UserError: an SAE's reconstruction misses more than `limit`, `subject.max_variance_unexplained`.
     """
-    limit = config.subject.max_variance_unexplained
-    for sae, share in unexplained.items():
-        if not share <= limit:
+    for sae, check in checks.items():
+        share = check.variance_unexplained
+        if share is not None and not share <= limit:
             raise UserError(
                 f"SAE {sae} leaves {share:.0%} of the variance of its input unexplained (limit {limit:.0%}): most "
                 "likely the wrong hook point, subject.model or normalisation, or BOS where the SAE saw none; check "
@@ -184,68 +127,74 @@ def check_reconstruction(unexplained: dict[str, float], config: RunConfig) -> No
             )
 
 
+def read_token_ids(tables: Tables, where: str) -> Int[torch.Tensor, "rows seq"]:
+    """Sequences of one shard, in row order."""
+    sequences = tables.read("sequences", ["row", "token_ids"], where).sort_by("row")
+    flat = sequences["token_ids"].combine_chunks().flatten().to_numpy()
+    return torch.from_numpy(flat.astype(np.int64)).reshape(sequences.num_rows, -1)
+
+
+class Harvester:
+    """What the actor pool runs: one shard in, fragments of `activations` out.
+
+    Two shards are in hand at a time: while one runs through the model, the posting lists of the other are built and
+    written.
+    """
+
+    SHARDS_IN_HAND = 2
+
+    def __init__(
+        self, config: RunConfig, tables: Tables, sources: list[SaeSource], features: dict[str, list[int]]
+    ) -> None:
+        self._config, self._tables, self._features = config, tables, features
+        self._threads = torch_threads(config.resources.harvest.pool(os.cpu_count() or 1)[1])
+        self._model_is_free = threading.Lock()
+        self._refusal: UserError | None = None
+        torch.set_num_threads(self._threads)
+        try:
+            self._subject = load_subject(config, sources, features)
+            self._checks = self._subject.check(read_token_ids(tables, f"shard = 0 and row < {NUM_CHECKED}"))
+            check_reconstruction(self._checks, config.subject.max_variance_unexplained)
+        except UserError as error:
+            # Raised with the first shard: an actor that fails to start is only reported as dead.
+            self._refusal = error
+
+    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        if self._refusal is not None:
+            raise self._refusal
+        shard = int(item["shard"])
+        token_ids = read_token_ids(self._tables, f"shard = {shard}")
+        with self._model_is_free:
+            torch.set_num_threads(self._threads)  # torch counts them per calling thread
+            batches = list(self._subject.stream(token_ids.split(self._batch_size(token_ids))))
+        by_sae = {sae: join_batches([batch[sae] for batch in batches]) for sae in self._features}
+        parts = [to_postings(by_sae[sae], sae, features, shard) for sae, features in self._features.items()]
+        table = pa.concat_tables([*parts, self._marker(shard, token_ids, by_sae)])
+        return {
+            "unit": shard,
+            "fragments": self._tables.write_fragments("activations", table),
+            "num_tokens": token_ids.numel(),
+        }
+
+    def _batch_size(self, token_ids: Int[torch.Tensor, "rows seq"]) -> int:
+        return max(1, self._config.harvest.token_budget // token_ids.shape[1])
+
+    def _marker(self, shard: int, token_ids: torch.Tensor, by_sae: dict[str, SparseActivations]) -> pa.Table:
+        """The row that marks the shard as finished, with its counts."""
+        notes = {}
+        for sae, activations in by_sae.items():
+            check = self._checks[sae]
+            outliers = token_ids.numpy()[activations.norms >= OUTLIER_NORM * check.median_norm]
+            named = dict(Counter(outliers.tolist()).most_common(NUM_OUTLIERS_NAMED))
+            notes[sae] = {**check._asdict(), "num_outlier_tokens": len(outliers), "outliers": named}
+        row = {"feature_key": "", "sae": "", "feature": MARKER, "shard": shard, "notes": json.dumps(notes)}
+        counts = {"num_sequences": len(token_ids), "num_tokens": token_ids.numel()}
+        return pa.Table.from_pylist([{**row, **counts}], SCHEMAS["activations"])
+
+
 def torch_threads(num_actors: int) -> int:
     """Torch threads for one of `num_actors` on this machine: Ray would give each actor a single one."""
     return max(1, (os.cpu_count() or 1) // num_actors)
-
-
-class Place(NamedTuple):
-    """Where the sequences of the corpus lie, by shard and row."""
-
-    sequence_ids: np.ndarray
-    """int64 [sequences], in (shard, row) order."""
-    is_train: np.ndarray
-    """bool [sequences]."""
-    shard_starts: np.ndarray
-    """int64 [shards + 1]."""
-
-
-def places(tables: Tables) -> Place:
-    sequences = tables.read("sequences", ["sequence_id", "split", "shard", "row"])
-    sequences = sequences.sort_by([("shard", "ascending"), ("row", "ascending")])
-    shard = sequences["shard"].to_numpy()
-    return Place(
-        sequences["sequence_id"].to_numpy(),
-        np.asarray(sequences["split"].to_pylist()) == "train",
-        np.searchsorted(shard, np.arange(shard[-1] + 2)),
-    )
-
-
-def feature_statistics(
-    feature: FeatureId, postings: pa.Table, place: Place, num_tokens: int, config: HarvestConfig
-) -> dict[str, Any]:
-    """One row of `features` from a feature's posting lists."""
-    row: dict[str, Any] = {"feature_key": str(feature), "sae": feature.sae, "feature": feature.index}
-    if postings.num_rows == 0:
-        zeros = {"num_sequences": 0, "num_tokens": 0, "density": 0.0, "max_activation": 0.0}
-        return {**row, **zeros, "quantiles": [], "top_sequence_ids": [], "top_activations": [], "status": "dead"}
-    postings = postings.sort_by("shard")
-    where = np.concatenate(
-        [place.shard_starts[s] + np.asarray(r) for s, r in zip(*_lists(postings, "shard", "rows"), strict=True)]
-    )
-    maxima = np.concatenate([np.asarray(m, dtype=np.float32) for m in postings["max_activations"].to_pylist()])
-    values = np.concatenate([np.asarray(v, dtype=np.float32) for v in postings["values"].to_pylist()])
-    train = place.is_train[where]
-    # Ties go to the smaller sequence id, so that the order is a function of the corpus.
-    order = np.lexsort((place.sequence_ids[where], -maxima))[: config.num_top]
-    density = len(values) / num_tokens
-    few = int(train.sum()) < config.min_sequences
-    return {
-        **row,
-        "num_sequences": len(where),
-        "num_tokens": len(values),
-        "density": density,
-        "max_activation": float(maxima[train].max()) if train.any() else 0.0,
-        "mean_activation": float(values.mean()),
-        "quantiles": np.quantile(values, QUANTILES).astype(np.float32),
-        "top_sequence_ids": place.sequence_ids[where][order],
-        "top_activations": maxima[order],
-        "status": "dense" if density > config.max_density else "too_few" if few else "live",
-    }
-
-
-def _lists(table: pa.Table, *columns: str) -> list[list[Any]]:
-    return [table[column].to_pylist() for column in columns]
 
 
 def run_harvest(
@@ -253,18 +202,24 @@ def run_harvest(
     tables: Tables,
     sources: list[SaeSource],
     features: dict[str, list[int]],
-    progress: Progress = lambda done, total: None,
+    progress: Progress = silent,
 ) -> dict[str, int]:
     """Harvests the shards that are left, then the features' statistics; returns counts by status."""
     all_shards = tables.distinct("sequences", "shard")
-    left = sorted(all_shards - tables.distinct("activations", "shard", f"feature = {MARKER}"))
+    left = sorted(all_shards - tables.finished_units("activations"))
     if left:
         _harvest_shards(config, tables, sources, features, left, len(all_shards), progress)
-    if left or not tables.exists("features"):
+        missing = all_shards - tables.finished_units("activations")
+        assert not missing, f"shards {sorted(missing)[:5]} were neither committed nor reported as failed"
+    if not tables.is_finished("activations"):
         tables.finish("activations")
-        tables.create("features", _all_statistics(config, tables, features))
-    statuses = tables.read("features", ["status"])["status"].to_pylist()
-    return {status: statuses.count(status) for status in sorted(set(statuses))}
+    if not tables.exists("features"):
+        tables.create("saes", _sae_rows(tables, features))
+        statistics = _all_statistics(config, tables, features, len(all_shards))
+        tables.create("features", pa.RecordBatchReader.from_batches(SCHEMAS["features"], statistics))
+    statuses = Counter(tables.read("features", ["status"])["status"].to_pylist())
+    outliers = sum(tables.read("saes", ["num_outlier_tokens"])["num_outlier_tokens"].to_pylist())
+    return {**dict(sorted(statuses.items())), "outlier_tokens": outliers}
 
 
 def _harvest_shards(
@@ -277,38 +232,68 @@ def _harvest_shards(
     progress: Progress,
 ) -> None:
     resources = config.resources.harvest
+    smallest, largest = resources.pool(len(left))
     tables.create_empty("activations")
     results = ray.data.from_items([{"shard": shard} for shard in left], override_num_blocks=len(left)).map(
         Harvester,  # pyright: ignore[reportArgumentType]
         fn_constructor_args=(config, tables, sources, features),
-        compute=ray.data.ActorPoolStrategy(size=resources.num_actors),
+        compute=ray.data.ActorPoolStrategy(
+            min_size=smallest,
+            max_size=largest,
+            max_concurrent_calls_per_actor=Harvester.SHARDS_IN_HAND,
+            enable_true_multi_threading=True,
+        ),
         num_cpus=resources.num_cpus,
         num_gpus=resources.num_gpus,
     )
-    done = total - len(left)
-    progress(done, total)
-    for _ in tables.stream_commit("activations", results):
-        done += 1
-        progress(done, total)
+    throughput = Throughput(config.name, "harvest", total - len(left), total)
+    throughput.report(progress)
+    for result in tables.stream_commit("activations", results):
+        throughput.add(1, result["num_tokens"])
+        throughput.report(progress)
 
 
-def _all_statistics(config: RunConfig, tables: Tables, features: dict[str, list[int]]) -> list[dict[str, Any]]:
-    """Statistics of every requested feature, in Ray tasks over blocks of features."""
-    ids = [FeatureId(sae, feature) for sae, indices in features.items() for feature in indices]
+def _sae_rows(tables: Tables, features: dict[str, list[int]]) -> list[dict[str, Any]]:
+    """Rows of `saes`, from the notes that every shard left."""
+    markers = tables.read("activations", ["shard", "notes"], f"feature = {MARKER}").sort_by("shard")
+    notes = [json.loads(note) for note in markers["notes"].to_pylist()]
+    rows = []
+    for sae, indices in features.items():
+        outliers = sum((Counter(note[sae]["outliers"]) for note in notes), Counter()).most_common(NUM_OUTLIERS_NAMED)
+        rows.append(
+            {
+                "sae": sae,
+                "num_features": len(indices),
+                "variance_unexplained": notes[0][sae]["variance_unexplained"],
+                "median_norm": notes[0][sae]["median_norm"],
+                "num_outlier_tokens": sum(note[sae]["num_outlier_tokens"] for note in notes),
+                "outlier_token_ids": [int(token) for token, _ in outliers],
+                "outlier_counts": [count for _, count in outliers],
+            }
+        )
+    return rows
+
+
+def _all_statistics(
+    config: RunConfig, tables: Tables, features: dict[str, list[int]], num_shards: int
+) -> Iterator[pa.RecordBatch]:
+    """Statistics of every requested feature in order, from Ray tasks over blocks of features."""
     markers = tables.read("activations", ["num_tokens"], f"feature = {MARKER}")
     num_tokens = sum(markers["num_tokens"].to_pylist())
     place = ray.put(places(tables))
 
     @ray.remote
-    def block(block_ids: list[FeatureId], place: Place) -> list[dict[str, Any]]:
-        columns = ["feature_key", "shard", "rows", "max_activations", "values"]
-        postings = tables.read("activations", columns, sql_in("feature_key", map(str, block_ids)))
-        keys = np.asarray(postings["feature_key"].to_pylist())
-        return [
-            feature_statistics(i, postings.filter(pa.array(keys == str(i))), place, num_tokens, config.harvest)
-            for i in block_ids
-        ]
+    def block(sae: str, indices: list[int], place: Place) -> pa.Table:
+        keys = sql_in("feature_key", [f"{sae}/{index}" for index in indices])
+        postings = tables.read("activations", STATISTICS, keys)
+        return feature_statistics(sae, indices, postings, place, num_tokens, config.harvest)
 
-    size = 64
-    blocks = [ids[start : start + size] for start in range(0, len(ids), size)]
-    return [row for rows in ray.get([block.remote(ids, place) for ids in blocks]) for row in rows]
+    size = max(1, LISTS_PER_TASK // num_shards)
+    blocks = [(sae, all_[i : i + size]) for sae, all_ in features.items() for i in range(0, len(all_), size)]
+    ahead = max(2, int(ray.cluster_resources().get("CPU", 1)))
+    """Tasks in flight: results wait in order, so more of them would only fill memory."""
+    waiting = [block.remote(*arguments, place) for arguments in blocks[:ahead]]
+    for number in range(len(blocks)):
+        yield from ray.get(waiting.pop(0)).to_batches()
+        if number + ahead < len(blocks):
+            waiting.append(block.remote(*blocks[number + ahead], place))

@@ -6,6 +6,7 @@ exactly and in batches; below some five million vectors that is fast enough to n
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +15,8 @@ import ray.data
 
 from rayinterp import embedded
 from rayinterp.config import RunConfig
-from rayinterp.harvest import Progress, torch_threads
+from rayinterp.harvest import torch_threads
+from rayinterp.progress import Progress, silent
 from rayinterp.tables import Tables, embeddings_schema
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ class Embedder:
         import torch
         from sentence_transformers import SentenceTransformer
 
-        torch.set_num_threads(torch_threads(config.resources.index.num_actors))
+        torch.set_num_threads(torch_threads(config.resources.index.pool(os.cpu_count() or 1)[1]))
         self._config, self._tables = config.index, tables
         self._model = SentenceTransformer(embedder_path(config.index.embedder))
 
@@ -49,7 +51,7 @@ class Embedder:
         rows = pa.Table.from_arrays(
             [*columns, pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])], schema=schema
         )
-        return {"shard": shard, "fragments": self._tables.write_fragments("embeddings", rows)}
+        return {"unit": shard, "fragments": self._tables.write_fragments("embeddings", rows)}
 
 
 def embedder_path(name: str) -> str:
@@ -80,18 +82,19 @@ def nearest(
     return places[order[:k]]
 
 
-def run_index(config: RunConfig, tables: Tables, progress: Progress = lambda done, total: None) -> dict[str, int]:
+def run_index(config: RunConfig, tables: Tables, progress: Progress = silent) -> dict[str, int]:
     """Embeds the shards that are left; returns the number of vectors."""
     all_shards = tables.distinct("sequences", "shard")
-    left = sorted(all_shards - tables.distinct("embeddings", "shard"))
+    left = sorted(all_shards - tables.finished_units("embeddings"))
     if left:
         resources = config.resources.index
+        smallest, largest = resources.pool(len(left))
         schema = embeddings_schema(embedding_dim(config.index.embedder), pa.from_numpy_dtype(config.index.dtype))
         tables.create_empty("embeddings", schema)
         results = ray.data.from_items([{"shard": shard} for shard in left], override_num_blocks=len(left)).map(
             Embedder,  # pyright: ignore[reportArgumentType]
             fn_constructor_args=(config, tables),
-            compute=ray.data.ActorPoolStrategy(size=resources.num_actors),
+            compute=ray.data.ActorPoolStrategy(min_size=smallest, max_size=largest),
             num_cpus=resources.num_cpus,
             num_gpus=resources.num_gpus,
         )
@@ -100,5 +103,6 @@ def run_index(config: RunConfig, tables: Tables, progress: Progress = lambda don
         for _ in tables.stream_commit("embeddings", results):
             done += 1
             progress(done, len(all_shards))
+    if not tables.is_finished("embeddings"):
         tables.finish("embeddings")
     return {"vectors": tables.count("embeddings")}

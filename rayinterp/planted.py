@@ -8,7 +8,7 @@ function, so a true explanation predicts perfectly, and any loss on the way is t
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 
 from rayinterp.explanation import Explanation, Rule
 from rayinterp.simulate.simulator import RuleRequest
+from rayinterp.subject import SparseActivations, SubjectCheck, sparsify
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -138,13 +139,23 @@ class PlantedSubject:
         self.features = features
 
     def activations(self, token_ids: Int[torch.Tensor, "batch seq"]) -> dict[str, Float[torch.Tensor, "batch seq k"]]:
+        """Activations of the requested features, dense."""
         rows = [[VOCABULARY[i] for i in row] for row in token_ids.tolist()]
         wanted = [FEATURES[index] for index in self.features[SAE]]
         values = [[[f.scale * s / 5 for s in fires(f.truth, row)] for f in wanted] for row in rows]
         return {SAE: torch.tensor(values).transpose(1, 2).float()}
 
-    def variance_unexplained(self, token_ids: Int[torch.Tensor, "batch seq"]) -> dict[str, float]:
-        return {SAE: 0.0}
+    def check(self, token_ids: Int[torch.Tensor, "batch seq"]) -> dict[str, SubjectCheck]:
+        return {SAE: SubjectCheck(variance_unexplained=0.0, median_norm=1.0)}
+
+    def stream(self, batches: Iterable[Int[torch.Tensor, "batch seq"]]) -> Iterator[dict[str, SparseActivations]]:
+        for batch in batches:
+            yield {SAE: sparsify(self.activations(batch)[SAE], torch.ones(batch.shape))}
+
+    def means_without(self, token_ids: Int[torch.Tensor, "batch seq"]) -> dict[str, Float[torch.Tensor, "batch seq k"]]:
+        places = range(token_ids.shape[1])
+        shorter = [torch.cat([token_ids[:, :i], token_ids[:, i + 1 :]], dim=1) for i in places]
+        return {SAE: torch.stack([self.activations(ids)[SAE].mean(1) for ids in shorter], dim=1)}
 
 
 class OracleSimulator:

@@ -7,23 +7,23 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-import json
 import uuid
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import fsspec
 
 from rayinterp import embedded, planted
 from rayinterp.config import LateInteractionConfig, OracleConfig, RunConfig, TransformersSimulatorConfig
-from rayinterp.corpus import list_files
+from rayinterp.documents import list_files
 from rayinterp.errors import UserError
 from rayinterp.explain.client import api_key
 from rayinterp.explain.runner import llms_used
 from rayinterp.harvest import choose_features, sae_sources
+from rayinterp.hook_points import parse_hook_point
 from rayinterp.index import embedder_path
-from rayinterp.subject import SaeSource
+from rayinterp.saes import SaeCard, SaeSource, read_card
+from rayinterp.subject import bos_token
 
 
 class Prepared(NamedTuple):
@@ -45,6 +45,8 @@ def prepare(config: RunConfig, stages: Sequence[str] = ("corpus", "explain")) ->
     for name in sorted(llms_used(config)) if "explain" in stages else []:
         if config.llms[name].provider == "openai":
             api_key(config.llms[name])
+    if config.subject.quantization != "none":
+        _require_package("bitsandbytes", "subject.quantization", "pip install 'rayinterp[quant]'")
     for name, simulator in config.simulators.items():
         if isinstance(simulator, TransformersSimulatorConfig) and simulator.quantization != "none":
             _require_package("bitsandbytes", f"simulators.{name}.quantization", "pip install 'rayinterp[quant]'")
@@ -62,9 +64,9 @@ def prepare(config: RunConfig, stages: Sequence[str] = ("corpus", "explain")) ->
     subject = model_config("subject.model", config.subject.model, config.subject.revision)
     check_context(config, subject)
     sources = sae_sources(config, subject.get_text_config().num_hidden_layers)
-    for source in sources:
-        check_sae(source, subject)
-    features = {source.name: choose_features(config, source.name, sae_width(source)) for source in sources}
+    cards = {source.name: check_sae(source, subject) for source in sources}
+    bos_token(embedded.resolve(config.subject.model), config.subject.revision, config.subject.prepend_bos, cards)
+    features = {name: choose_features(config, name, card.d_sae) for name, card in cards.items()}
     return Prepared(sources, features)
 
 
@@ -131,7 +133,7 @@ def model_config(field: str, model: str, revision: str | None) -> Any:
     """The transformers config of a model."""
     from transformers import AutoConfig
 
-    path = str(embedded.model_path(model)) if embedded.is_embedded(model) else model
+    path = embedded.resolve(model)
     try:
         return AutoConfig.from_pretrained(path, revision=revision)
     except (OSError, ValueError) as error:
@@ -153,50 +155,36 @@ def check_context(config: RunConfig, subject: Any) -> None:
         )
 
 
-def check_sae(source: SaeSource, subject: Any) -> None:
-    """The SAE exists, and reads vectors of the subject's size where that can be known without its weights."""
-    if source.release is None:
-        config = _local_sae_config(source)
-        d_in, d_model = config.get("d_in"), subject.get_text_config().hidden_size
-        if d_in is not None and d_in != d_model:
-            raise UserError(
-                f"SAE {source.sae_id!r} reads vectors of {d_in} numbers, but the subject model's have {d_model}; "
-                "subject.model and subject.saes do not belong together"
-            )
-        return
+def check_sae(source: SaeSource, subject: Any) -> SaeCard:
+    """The SAE exists, is of a kind that can be harvested, and reads a tensor that the subject model has.
+
+    Raises:
+        UserError: one of these does not hold.
+    """
+    if source.release is not None:
+        _check_release(source.release, source.sae_id)
+    card, text = read_card(source), subject.get_text_config()
+    for hook_name in filter(None, (card.hook_name, card.hook_name_out)):
+        parse_hook_point(hook_name, text)
+    if parse_hook_point(card.hook_name, text).residual and card.d_in != text.hidden_size:
+        raise UserError(
+            f"SAE {source.sae_id!r} reads vectors of {card.d_in} numbers, but the subject model's have "
+            f"{text.hidden_size}; subject.model and subject.saes do not belong together"
+        )
+    return card
+
+
+def _check_release(release: str, sae_id: str) -> None:
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
     releases = get_pretrained_saes_directory()
-    if source.release not in releases:
-        raise UserError(
-            f"subject.saes.release {source.release!r} is not known to sae-lens; {_closest(source.release, releases)}"
-        )
-    ids = releases[source.release].saes_map
-    if source.sae_id not in ids:
-        raise UserError(
-            f"subject.saes: release {source.release!r} has no SAE {source.sae_id!r}; {_closest(source.sae_id, ids)}"
-        )
+    if release not in releases:
+        raise UserError(f"subject.saes.release {release!r} is not known to sae-lens; {_closest(release, releases)}")
+    ids = releases[release].saes_map
+    if sae_id not in ids:
+        raise UserError(f"subject.saes: release {release!r} has no SAE {sae_id!r}; {_closest(sae_id, ids)}")
 
 
 def _closest(name: str, known: Any) -> str:
     close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.3) or sorted(known)[:3]
     return f"close to it are: {', '.join(close)}"
-
-
-def _local_sae_config(source: SaeSource) -> dict[str, Any]:
-    path = Path(source.sae_id) / "cfg.json"
-    if not path.is_file():
-        raise UserError(
-            f"subject.saes.sae_id {source.sae_id!r} is not a folder with an SAE in sae-lens format (no cfg.json); "
-            "give one, or set subject.saes.release"
-        )
-    return json.loads(path.read_text())
-
-
-def sae_width(source: SaeSource) -> int:
-    """Number of features of an SAE."""
-    if source.release is None:
-        return int(_local_sae_config(source)["d_sae"])
-    from sae_lens.loading.pretrained_sae_loaders import load_sae_config_from_huggingface
-
-    return int(load_sae_config_from_huggingface(source.release, source.sae_id)["d_sae"])

@@ -21,8 +21,8 @@ import ray
 from rayinterp.config import RecordsConfig, RunConfig
 from rayinterp.corpus import Tokenizer, load_tokenizer
 from rayinterp.explanation import MAX_STRENGTH
-from rayinterp.harvest import Progress
 from rayinterp.index import nearest, to_matrix
+from rayinterp.progress import Progress, silent
 from rayinterp.simulate.simulator import TokenSequence
 from rayinterp.subject import FeatureId
 from rayinterp.tables import Tables, sql_in
@@ -284,7 +284,7 @@ def block_records(
     return records, counts
 
 
-def run_records(config: RunConfig, tables: Tables, progress: Progress = lambda done, total: None) -> dict[str, int]:
+def run_records(config: RunConfig, tables: Tables, progress: Progress = silent) -> dict[str, int]:
     """Chooses records for the features that are left, in Ray tasks over blocks; returns counts by status."""
     features = tables.read("features", ["feature_key", "status"]).to_pylist()
     finished = tables.distinct("record_counts", "feature_key")

@@ -37,9 +37,10 @@ from rayinterp.errors import UserError
 from rayinterp.explain.local import deploy_llm
 from rayinterp.explain.runner import arm_ids, arms_left, live_features, llms_used, run_explain
 from rayinterp.grade import plan_score, run_score
-from rayinterp.harvest import Progress, run_harvest
+from rayinterp.harvest import run_harvest
 from rayinterp.index import run_index
 from rayinterp.preflight import Prepared, prepare
+from rayinterp.progress import Progress, silent
 from rayinterp.records import run_records
 from rayinterp.report import write_report
 from rayinterp.simulate.serve import deploy_simulator
@@ -215,11 +216,7 @@ def report(run: Run, progress: Progress) -> dict[str, int]:
 
 
 _RUNNERS: dict[str, Callable[[Run, Progress], dict[str, int]]] = {
-    "corpus": lambda run, progress: (
-        {"sequences": run.tables.count("sequences")}
-        if run.tables.exists("sequences")
-        else run_corpus(run.config, run.tables)
-    ),
+    "corpus": lambda run, progress: run_corpus(run.config, run.tables, progress),
     "harvest": lambda run, progress: run_harvest(run.config, run.tables, *run.prepared, progress),
     "index": lambda run, progress: run_index(run.config, run.tables, progress),
     "records": lambda run, progress: run_records(run.config, run.tables, progress),
@@ -239,7 +236,7 @@ _READS: dict[str, str] = {
 """The table without which a stage has nothing to read; the stage before it writes that."""
 
 
-def run_stage(run: Run, stage: str, progress: Progress = lambda done, total: None) -> dict[str, int]:
+def run_stage(run: Run, stage: str, progress: Progress = silent) -> dict[str, int]:
     """Does what is left of one stage; returns counts for people.
 
     Raises:

@@ -5,8 +5,8 @@
 One folder `<table>.lance` per table under the run directory. Two ways in:
 
 - `append` writes rows and commits at once, and leaves out rows whose key is already there (the first write wins);
-- `write_fragments` (in a worker) and `commit` (in the driver) split the two, so that a thousand shards written by a
-  hundred actors are a handful of commits; `stream_commit` drives them over a Ray Dataset.
+- `write_fragments` (in a worker) and `commit` split the two, so that a thousand shards written by a hundred actors are
+  a handful of commits; `stream_commit` drives them over a Ray Dataset, with one `FragmentCommitter` actor.
 
 What is finished is always read from the tables themselves. This module knows nothing of models or prompts.
 """
@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray.data
 
-APPENDS_BETWEEN_COMPACTIONS = 100
+COMMITS_BETWEEN_COMPACTIONS = 100
 """A committer compacts a table after so many commits."""
 COMMIT_SECONDS = 2.0
 """Fragments are committed in groups this far apart: a commit per shard makes a manifest per shard."""
@@ -43,18 +43,39 @@ _FEATURE = [
     _field("feature", pa.int32(), "Index of the latent within its SAE."),
 ]
 _INT32S, _INT64S, _FLOATS = pa.list_(pa.int32()), pa.list_(pa.int64()), pa.list_(pa.float32())
+_SEQUENCE = [
+    _field("sequence_id", pa.int64(), "Stable id: input file, document and window packed into one number."),
+    _field("document_id", pa.int64(), "Hash of the document's text, so copies of a document share a split."),
+    _field("subset", pa.string(), "Part of the corpus, e.g. the Pile's pile_set_name."),
+    _field("split", pa.string(), "train, valid or test, drawn by document."),
+    _field("token_ids", _INT32S, "Text tokens, without BOS; all positions in other tables index this list."),
+    _field("text", pa.string(), "The window's text."),
+]
 
 SCHEMAS: dict[str, pa.Schema] = {
+    "corpus_files": pa.schema(
+        [
+            _field("file_number", pa.int32(), "Place of the input file; its row marks it as finished."),
+            _field("file", pa.string(), "Where it is."),
+            _field("quota", pa.int64(), "Sequences asked for."),
+            _field("num_sequences", pa.int64(), "Sequences cut, before duplicates across files are dropped."),
+            _field("dropped", pa.string(), "What was left out, by reason, as JSON."),
+            _field("damaged", pa.list_(pa.string()), "The first places that could not be read, by name."),
+        ]
+    ),
+    "windows": pa.schema(
+        [
+            _field("file_number", pa.int32(), "Input file; the table is dropped once `sequences` is written."),
+            *_SEQUENCE,
+            _field("digest", pa.binary(16), "Hash of the tokens, to find duplicates across files."),
+        ]
+    ),
     "sequences": pa.schema(
         [
-            _field("sequence_id", pa.int64(), "Stable id: input file, document and window packed into one number."),
-            _field("document_id", pa.int64(), "Hash of the document's text, so copies of a document share a split."),
-            _field("subset", pa.string(), "Part of the corpus, e.g. the Pile's pile_set_name."),
-            _field("split", pa.string(), "train, valid or test, drawn by document."),
+            *_SEQUENCE[:4],
             _field("shard", pa.int32(), "Unit of work of the harvest and index stages."),
             _field("row", pa.int32(), "Place within the shard."),
-            _field("token_ids", _INT32S, "Text tokens, without BOS; all positions in other tables index this list."),
-            _field("text", pa.string(), "The window's text."),
+            *_SEQUENCE[4:],
         ]
     ),
     "activations": pa.schema(
@@ -66,8 +87,23 @@ SCHEMAS: dict[str, pa.Schema] = {
             _field("offsets", _INT32S, "CSR offsets into positions and values, one more than rows."),
             _field("positions", pa.list_(pa.uint16()), "Token positions of the non-zero activations."),
             _field("values", _FLOATS, "The non-zero activations, in the SAE's own units."),
+            _field("sum", pa.float64(), "Sum of the non-zero activations."),
+            _field("histogram_buckets", pa.list_(pa.int16()), "Buckets of the values, ascending (see `sketch`)."),
+            _field("histogram_counts", _INT32S, "Values in each of those buckets."),
             _field("num_sequences", pa.int64(), "On the marker row: sequences in the shard."),
             _field("num_tokens", pa.int64(), "On the marker row: tokens in the shard."),
+            _field("notes", pa.string(), "On the marker row: by SAE, its check and its outlier tokens, as JSON."),
+        ]
+    ),
+    "saes": pa.schema(
+        [
+            _field("sae", pa.string(), "Name of the SAE in the config."),
+            _field("num_features", pa.int32(), "Features harvested."),
+            _field("variance_unexplained", pa.float64(), "Share missed on the first batch; null for some transcoders."),
+            _field("median_norm", pa.float64(), "Median length of what it reads, on the first batch."),
+            _field("num_outlier_tokens", pa.int64(), "Tokens whose input is OUTLIER_NORM times as long or longer."),
+            _field("outlier_token_ids", _INT32S, "The most frequent of them."),
+            _field("outlier_counts", _INT64S, "How often each."),
         ]
     ),
     "features": pa.schema(
@@ -78,7 +114,11 @@ SCHEMAS: dict[str, pa.Schema] = {
             _field("density", pa.float64(), "Share of all tokens at which the feature is active."),
             _field("max_activation", pa.float32(), "Largest activation over train documents: the scale of scores."),
             _field("mean_activation", pa.float32(), "Mean of the non-zero activations."),
-            _field("quantiles", _FLOATS, "0, 25, 50, 75, 90, 99 and 100 % quantiles of the non-zero activations."),
+            _field(
+                "quantiles",
+                _FLOATS,
+                "0, 25, 50, 75, 90, 99 and 100 % quantiles of the non-zero activations, within 1 %.",
+            ),
             _field("top_sequence_ids", _INT64S, "Sequences with the highest maximum, best first."),
             _field("top_activations", _FLOATS, "Their maxima."),
             _field("status", pa.string(), "live, dead, too_few (train sequences) or dense."),
@@ -121,6 +161,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             _field("feature_key", pa.string(), "Printed feature id."),
             _field("sequence_id", pa.int64(), "The sequence."),
             _field("values", _FLOATS, "Fall of the mean activation when each token is dropped."),
+            _field("chunk", pa.int32(), "Unit of work that computed it; a null key marks a chunk as finished."),
         ]
     ),
     "candidates": pa.schema(
@@ -224,7 +265,10 @@ SCHEMAS: dict[str, pa.Schema] = {
 }
 
 KEYS: dict[str, list[str]] = {
+    "corpus_files": ["file_number"],
+    "windows": ["sequence_id"],
     "sequences": ["sequence_id"],
+    "saes": ["sae"],
     "activations": ["feature_key", "shard"],
     "features": ["feature_key"],
     "embeddings": ["sequence_id"],
@@ -243,11 +287,20 @@ KEYS: dict[str, list[str]] = {
 VOLATILE: dict[str, list[str]] = {"llm_calls": ["seconds"]}
 """Columns that may differ between two runs of the same work."""
 
+_UNIT: dict[str, tuple[str, str | None]] = {
+    "windows": ("file_number", None),
+    "activations": ("shard", "feature = -1"),
+    "embeddings": ("shard", None),
+    "holistic": ("chunk", "feature_key is null"),
+}
+"""Tables that workers write unit by unit: the unit's column, and which rows mark a unit as finished."""
+
 _BTREE_COLUMNS: dict[str, list[str]] = {
     "sequences": ["sequence_id", "shard"],
     "activations": ["feature_key"],
     "embeddings": ["sequence_id"],
     "records": ["feature_key"],
+    "holistic": ["feature_key"],
 }
 
 
@@ -313,10 +366,24 @@ class Tables:
         else:
             dataset.merge_insert(KEYS[table]).when_not_matched_insert_all().execute(data)
 
-    def create(self, table: str, rows: pa.Table | list[dict[str, Any]]) -> None:
+    def create(self, table: str, rows: pa.Table | pa.RecordBatchReader | list[dict[str, Any]]) -> None:
         """Writes a whole table in one commit, in place of what is there: for a stage that finishes at once."""
-        data = to_arrow(table, rows)
+        data = rows if isinstance(rows, pa.RecordBatchReader) else to_arrow(table, rows)
         lance.write_dataset(data, self.uri(table), mode="overwrite", storage_options=self.storage_options)
+
+    def drop(self, table: str) -> None:
+        """Removes a table, if there is one."""
+        dataset = self.open(table)
+        if dataset is not None:
+            lance.LanceDataset.drop(self.uri(table), storage_options=self.storage_options or {})
+
+    def sorted_batches(self, table: str, columns: Sequence[str], column: str) -> Iterator[pa.RecordBatch]:
+        """Streams a table whose fragments hold one value of `column` each, in the order of those values."""
+        dataset = self.open(table)
+        fragments = [] if dataset is None else dataset.get_fragments()
+        first = {f.fragment_id: next(f.to_batches(columns=[column], limit=1))[column][0].as_py() for f in fragments}
+        for fragment in sorted(fragments, key=lambda f: (first[f.fragment_id], f.fragment_id)):
+            yield from fragment.to_batches(columns=list(columns))
 
     def create_empty(self, table: str, schema: pa.Schema | None = None) -> None:
         """Makes the table if there is none, so that workers can write fragments into it."""
@@ -324,7 +391,7 @@ class Tables:
             empty = (schema or SCHEMAS[table]).empty_table()
             lance.write_dataset(empty, self.uri(table), storage_options=self.storage_options)
 
-    def write_fragments(self, table: str, rows: pa.Table) -> list[str]:
+    def write_fragments(self, table: str, rows: pa.Table | pa.RecordBatchReader) -> list[str]:
         """Writes data files that no reader sees yet; returns their metadata as JSON for `commit`."""
         fragments = lance.fragment.write_fragments(
             rows, self.uri(table), schema=rows.schema, mode="append", storage_options=self.storage_options
@@ -344,21 +411,31 @@ class Tables:
                 storage_options=self.storage_options,
             )
 
+    def finished_units(self, table: str) -> set[int]:
+        """Shards, files or chunks of the table that are committed."""
+        column, where = _UNIT[table]
+        return self.distinct(table, column, where)
+
     def stream_commit(self, table: str, results: ray.data.Dataset) -> Iterator[dict[str, Any]]:
-        """Runs a Ray Dataset whose rows carry `fragments` (JSON strings) and commits them in groups.
+        """Runs a Ray Dataset whose rows carry `unit` and `fragments` (JSON strings) and commits them in groups.
 
         Yields each row once its fragments are visible, so a caller that counts them counts what a crash cannot undo.
         """
-        waiting: list[dict[str, Any]] = []
-        last_commit = time.monotonic()
+        committer: Any = (
+            ray.remote(FragmentCommitter)
+            .options(num_cpus=0, max_restarts=-1, max_task_retries=-1)  # pyright: ignore[reportCallIssue]
+            .remote(self, table)
+        )
+        waiting: dict[int, dict[str, Any]] = {}
         for row in results.iter_rows():
-            waiting.append(row)
-            if time.monotonic() - last_commit > COMMIT_SECONDS:
-                self.commit(table, [f for row in waiting for f in row["fragments"]])
-                yield from waiting
-                waiting, last_commit = [], time.monotonic()
-        self.commit(table, [f for row in waiting for f in row["fragments"]])
-        yield from waiting
+            waiting[int(row["unit"])] = row
+            for unit in ray.get(committer.add.remote(int(row["unit"]), list(row["fragments"]))):
+                yield waiting.pop(unit)
+        for unit, row in waiting.items():  # again, in case the actor was lost with them: what is committed stays so
+            committer.add.remote(unit, list(row["fragments"]))
+        ray.get(committer.flush.remote())
+        yield from waiting.values()
+        ray.kill(committer)
 
     def finish(self, table: str) -> None:
         """Compacts small files, indexes the key columns, drops old versions and files that no version names.
@@ -372,6 +449,21 @@ class Tables:
         for column in _BTREE_COLUMNS.get(table, []):
             dataset.create_scalar_index(column, "BTREE", replace=True)
         dataset.cleanup_old_versions(older_than=timedelta(0), delete_unverified=True)
+
+    def is_finished(self, table: str) -> bool:
+        """Whether `finish` came to its end on the table as it is, index and all; for tables that have an index."""
+        dataset = self.open(table)
+        if dataset is None:
+            return False
+        indexed = {field for index in dataset.describe_indices() for field in index.field_names}
+        return indexed >= set(_BTREE_COLUMNS[table])
+
+    def compact(self, table: str) -> None:
+        """Merges small files and drops old versions, while workers go on writing files for later commits."""
+        dataset = self.open(table)
+        if dataset is not None:
+            dataset.optimize.compact_files()
+            dataset.cleanup_old_versions(older_than=timedelta(0))
 
 
 def to_arrow(table: str, rows: pa.Table | list[dict[str, Any]]) -> pa.Table:
@@ -405,6 +497,40 @@ def sql_in(column: str, values: Iterable[Any]) -> str:
     return f"{column} in ({', '.join(quoted)})" if quoted else "false"
 
 
+class FragmentCommitter:
+    """Makes the units that workers wrote visible in groups: run as one Ray actor a table.
+
+    A unit that comes again, because a task or a message was repeated, is committed once. Commits that follow each
+    other closely are one: a commit per shard would make a manifest per shard.
+    """
+
+    def __init__(self, tables: Tables, table: str) -> None:
+        self._tables, self._table = tables, table
+        self._done = tables.finished_units(table)
+        self._waiting: dict[int, list[str]] = {}
+        self._num_commits = 0
+        self._last_commit = time.monotonic()
+
+    def add(self, unit: int, fragments: list[str]) -> list[int]:
+        """Takes a unit; returns those that this call made visible, or that were so already."""
+        if unit in self._done:
+            return [unit]
+        self._waiting[unit] = fragments
+        return self.flush() if time.monotonic() - self._last_commit > COMMIT_SECONDS else []
+
+    def flush(self) -> list[int]:
+        """Commits what is waiting."""
+        units = list(self._waiting)
+        self._tables.commit(self._table, [f for fragments in self._waiting.values() for f in fragments])
+        self._done.update(units)
+        self._waiting.clear()
+        self._num_commits += 1
+        if self._num_commits % COMMITS_BETWEEN_COMPACTIONS == 0:
+            self._tables.compact(self._table)
+        self._last_commit = time.monotonic()
+        return units
+
+
 class Committer:
     """Gathers rows from many actors and appends them in groups: run as one Ray actor a run.
 
@@ -430,7 +556,7 @@ class Committer:
             self._tables.append(table, self._rows[table])
             self._num_appends[table] += 1
             # A commit lists all fragments before it: left alone, a night of small commits costs its square.
-            if self._num_appends[table] % APPENDS_BETWEEN_COMPACTIONS == 0:
+            if self._num_appends[table] % COMMITS_BETWEEN_COMPACTIONS == 0:
                 self._tables.finish(table)
         self._rows.clear()
         self._last_flush = time.monotonic()

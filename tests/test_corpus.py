@@ -1,17 +1,18 @@
-import gzip
 import json
 from collections import Counter
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-import zstandard
 
 from rayinterp.config import CorpusConfig
-from rayinterp.corpus import cut_file, list_files, number_shards, quotas, read_documents, split_of, windows
+from rayinterp.corpus import cut_file, digest, first_of_each, number_shards, quotas, run_corpus, split_of, windows
+from rayinterp.documents import Dropped
 from rayinterp.errors import UserError
 from rayinterp.planted import PlantedTokenizer
+from rayinterp.tables import SCHEMAS, Tables
+from tests.conftest import planted_config
+from tests.tables_equal import assert_tables_equal
 
 
 class Characters:
@@ -37,7 +38,9 @@ def document(text):
 def cut(tmp_path, documents, quota=100, **values):
     path = tmp_path / "in.jsonl"
     path.write_text("\n".join(json.dumps(document(text)) for text in documents))
-    return cut_file(3, str(path), quota, Characters(), config(**values), seed=0)
+    dropped = Dropped()
+    rows = list(cut_file(3, str(path), quota, Characters(), config(**values), 0, dropped))
+    return rows, +dropped.counts
 
 
 def test_windows_tile_a_document_and_the_rest_is_dropped():
@@ -88,49 +91,30 @@ def test_splits_follow_their_shares_and_the_seed():
     assert any(split_of(0, i, (0.4, 0.3, 0.3)) != split_of(1, i, (0.4, 0.3, 0.3)) for i in range(20))
 
 
-def test_the_smallest_id_of_equal_windows_stays_whatever_the_order():
-    columns = {
-        "sequence_id": [30, 10, 20],
-        "document_id": [3, 1, 2],
-        "subset": ["a", "a", "b"],
-        "split": ["train", "test", "valid"],
-        "token_ids": [[1, 2], [1, 2], [2, 1]],
-        "text": ["x", "x", "y"],
-    }
-    table, duplicates = number_shards(pa.table(columns), shard_size=1)
-    assert duplicates == 1
-    assert table["sequence_id"].to_pylist() == [10, 20]
-    assert list(zip(table["shard"].to_pylist(), table["row"].to_pylist(), strict=True)) == [(0, 0), (1, 0)]
+def windows_table(token_ids):
+    rows = [
+        {"file_number": 0, "sequence_id": i, "document_id": i, "subset": "a", "split": "train", "token_ids": ids}
+        for i, ids in enumerate(token_ids)
+    ]
+    return pa.Table.from_pylist(
+        [{**r, "text": "x", "digest": digest(r["token_ids"])} for r in rows], SCHEMAS["windows"]
+    )
+
+
+def test_the_first_of_equal_windows_stays_and_the_rest_are_numbered_through():
+    table = windows_table([[1, 2], [2, 1], [1, 2], [3], [2, 1], [4]])
+    keep = first_of_each(table["digest"].combine_chunks())
+    assert keep.tolist() == [True, True, False, True, False, True]
+    batches = number_shards(iter(table.to_batches(max_chunksize=2)), keep, shard_size=3)
+    numbered = pa.Table.from_batches(batches)
+    assert numbered["sequence_id"].to_pylist() == [0, 1, 3, 5]
+    assert list(zip(numbered["shard"].to_pylist(), numbered["row"].to_pylist(), strict=True)) == [
+        (0, 0), (0, 1), (0, 2), (1, 0)
+    ]  # fmt: skip
 
 
 def test_quotas_add_up():
     assert quotas(10, 4) == [3, 3, 2, 2]
-
-
-@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "jsonl.zst", "parquet", "txt"])
-def test_every_format_is_read(tmp_path, ending):
-    path = tmp_path / f"part.{ending}"
-    lines = "".join(json.dumps(document(text)) + "\n" for text in ("one", "two"))
-    if ending == "jsonl":
-        path.write_text(lines)
-    elif ending == "jsonl.gz":
-        path.write_bytes(gzip.compress(lines.encode()))
-    elif ending == "jsonl.zst":
-        path.write_bytes(zstandard.compress(lines.encode()))
-    elif ending == "parquet":
-        pq.write_table(pa.Table.from_pylist([document("one"), document("two")]), path)
-    else:
-        path.write_text("one")
-    files = list_files(config(dataset=str(tmp_path)))
-    assert len(files) == 1
-    texts = [d["text"] for d in read_documents(files[0], seed=0)]
-    assert texts == (["one"] if ending == "txt" else ["one", "two"])
-
-
-def test_a_folder_without_readable_files_is_refused(tmp_path):
-    (tmp_path / "notes.pdf").write_text("x")
-    with pytest.raises(UserError, match=r"corpus\.dataset"):
-        list_files(config(dataset=str(tmp_path)))
 
 
 def test_the_planted_tokenizer_round_trips():
@@ -151,3 +135,67 @@ def test_run_corpus_fills_the_contract(planted_run):
     splits = {}
     for row in rows:
         assert splits.setdefault(row["document_id"], row["split"]) == row["split"]
+
+
+SENTENCE = "the sailor sees the harbor near the ship . "
+
+
+def write_files(folder, damage=True):
+    """Three files of planted words; with `damage`, a bad line in the first and the third cut off."""
+    folder.mkdir()
+    words = [f"the {w} finds a lemon near the " for w in ("sailor", "tide", "ship", "river", "bank", "wind", "lamp")]
+    for number in range(3):
+        lines = [json.dumps({"text": (words[number + i] + SENTENCE) * 4}) for i in range(5)]
+        if damage and number == 0:
+            lines.insert(2, '{"text": "unfinished')
+        (folder / f"{number}.jsonl").write_text("\n".join(lines) + "\n")
+    if damage:
+        import gzip
+
+        whole = gzip.compress((folder / "2.jsonl").read_bytes())
+        (folder / "2.jsonl").unlink()
+        (folder / "2.jsonl.gz").write_bytes(whole[: len(whole) - 12])
+
+
+def test_damage_is_counted_and_named_and_the_rest_is_kept(tmp_path, ray_session):
+    write_files(tmp_path / "in")
+    corpus = f"{{dataset: {tmp_path / 'in'}, num_sequences: 60, sequence_length: 8, shard_size: 4}}"
+    tables = Tables(str(tmp_path / "run"))
+    counts = run_corpus(planted_config(tmp_path / "run", f"corpus={corpus}"), tables)
+    assert counts["corrupt_line"] == counts["corrupt_file"] == 1
+    assert counts["duplicate"] > 0
+    rows = {row["file_number"]: row for row in tables.read("corpus_files").to_pylist()}
+    assert rows[0]["damaged"] == [f"corrupt_line: file://{tmp_path}/in/0.jsonl:3"]
+    assert rows[1]["damaged"] == []
+    (damage,) = rows[2]["damaged"]
+    assert damage.startswith(f"corrupt_file: file://{tmp_path}/in/2.jsonl.gz (EOFError")
+    assert tables.count("sequences") == counts["sequences"] > 0
+    assert not tables.exists("windows")
+
+
+def test_a_corpus_that_was_cut_in_half_goes_on_with_the_files_that_are_left(tmp_path, ray_session, monkeypatch):
+    write_files(tmp_path / "in", damage=False)
+    corpus = f"{{dataset: {tmp_path / 'in'}, num_sequences: 60, sequence_length: 8, shard_size: 4}}"
+    whole, halved = Tables(str(tmp_path / "whole")), Tables(str(tmp_path / "halved"))
+    run_corpus(planted_config(tmp_path / "whole", f"corpus={corpus}"), whole)
+    config = planted_config(tmp_path / "halved", f"corpus={corpus}")
+
+    def killed(self, table, rows):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tables, "create", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_corpus(config, halved)
+    assert halved.count("corpus_files") == 3 and not halved.exists("sequences")
+    halved.open("corpus_files").delete("file_number = 1")  # its windows are there, the row that says so is not
+    run_corpus(config, halved)
+    assert_tables_equal(whole, halved, ["sequences", "corpus_files"])
+
+
+def test_a_corpus_without_a_sequence_is_refused_and_says_why(tmp_path, ray_session):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").write_text(json.dumps({"text": "the ship"}))
+    config = planted_config(tmp_path / "run", f"corpus={{dataset: {tmp_path / 'in'}, sequence_length: 8}}")
+    with pytest.raises(UserError, match=r"document_too_short.*corpus\.sequence_length"):
+        run_corpus(config, Tables(str(tmp_path / "run")))

@@ -33,7 +33,7 @@ def test_a_key_that_comes_twice_in_one_batch_is_written_once(tmp_path):
 
 
 def test_a_committer_keeps_its_tables_compact(tmp_path, monkeypatch):
-    monkeypatch.setattr("rayinterp.tables.APPENDS_BETWEEN_COMPACTIONS", 5)
+    monkeypatch.setattr("rayinterp.tables.COMMITS_BETWEEN_COMPACTIONS", 5)
     tables = Tables(str(tmp_path))
     committer = Committer(tables)
     for i in range(12):

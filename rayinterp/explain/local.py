@@ -26,7 +26,7 @@ class LocalLLM:
     """Answers one request at a time."""
 
     def __init__(self, config: LLMConfig) -> None:
-        path = str(embedded.model_path(config.model)) if embedded.is_embedded(config.model) else config.model
+        path = embedded.resolve(config.model)
         self._device = pick_device(config.device)
         self._tokenizer = AutoTokenizer.from_pretrained(path)
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=pick_dtype(config.dtype, self._device))

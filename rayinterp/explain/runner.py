@@ -39,7 +39,7 @@ from rayinterp.explain.lexical import lexical_explanation
 from rayinterp.explain.local import served_client
 from rayinterp.explain.search import Node, SearchSettings, TreeSearch
 from rayinterp.explanation import Explanation, to_json
-from rayinterp.harvest import Progress
+from rayinterp.progress import Progress, silent
 from rayinterp.records import ActivationRecord, load_records
 from rayinterp.score import evaluate
 from rayinterp.simulate.simulator import RuleRequest
@@ -323,9 +323,7 @@ def live_features(tables: Tables) -> list[FeatureId]:
     return interleave(sorted(FeatureId.parse(key) for key in keys))
 
 
-def run_explain(
-    config: RunConfig, tables: Tables, committer: Any, progress: Progress = lambda done, total: None
-) -> dict[str, int]:
+def run_explain(config: RunConfig, tables: Tables, committer: Any, progress: Progress = silent) -> dict[str, int]:
     """Explains every live feature with every arm that it lacks; returns counts by status.
 
     Raises:

@@ -27,7 +27,7 @@ def load_simulator(config: SimulatorConfig) -> Simulator:
     from rayinterp.simulate.transformers import TransformersSimulator
 
     return TransformersSimulator(
-        str(embedded.model_path(config.model)) if embedded.is_embedded(config.model) else config.model,
+        embedded.resolve(config.model),
         revision=config.revision,
         dtype=config.dtype,
         device=config.device,

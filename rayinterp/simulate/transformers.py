@@ -10,25 +10,21 @@ machine. It knows nothing of tables, configs or Ray.
 
 from __future__ import annotations
 
-import importlib.util
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from rayinterp.errors import UserError
 from rayinterp.simulate import prompt_tree
 from rayinterp.simulate.prompt_tokens import PromptTokens, Record
 from rayinterp.simulate.prompt_tree import Branch, TreePlan
 from rayinterp.simulate.simulator import NULL_EXPLANATIONS, Calibration, RuleRequest, simulate_with
-from rayinterp.subject import pick_device, pick_dtype
+from rayinterp.subject import Quantization, load_language_model, pick_device, pick_dtype
 
 if TYPE_CHECKING:
     import numpy as np
     from jaxtyping import Float, Float32, Int64
-    from transformers import PreTrainedModel
-
-Quantization = Literal["none", "8bit", "4bit"]
 
 
 class DigitHead(torch.nn.Module):
@@ -85,7 +81,9 @@ class TransformersSimulator:
         self._calibration: Calibration = calibration
         self._token_budget = token_budget
         self._prompt = PromptTokens(AutoTokenizer.from_pretrained(model, revision=revision), num_few_shots)
-        self._model = load_model(model, revision, self._dtype, self._device, quantization)
+        self._model = load_language_model(
+            AutoModelForCausalLM, model, revision, self._dtype, self._device, quantization
+        )
         prompt_tree.check_model(self._model)
         prompt_tree.check_length(self._model, self.header_length)
         head = self._model.get_output_embeddings()
@@ -168,25 +166,3 @@ class TransformersSimulator:
                 values = [self._nulls[request.rule, sequence.tokens] for sequence in request.sequences]
             answers.append(values)
         return answers
-
-
-def load_model(
-    name: str, revision: str | None, dtype: torch.dtype, device: str, quantization: Quantization
-) -> PreTrainedModel:
-    """A causal LM on one device, ready to be read from.
-
-    Raises:
-        UserError: quantization is asked for and bitsandbytes is not installed.
-    """
-    options: dict[str, Any] = {"revision": revision, "dtype": dtype, "device_map": None}
-    if quantization != "none":
-        if importlib.util.find_spec("bitsandbytes") is None:
-            raise UserError(
-                f"quantization is {quantization!r}, which needs bitsandbytes: pip install 'rayinterp[quant]'"
-            )
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_8bit=quantization == "8bit", load_in_4bit=quantization == "4bit", bnb_4bit_compute_dtype=dtype
-        )
-        options["device_map"] = {"": device}
-    model: Any = AutoModelForCausalLM.from_pretrained(name, **options).eval().requires_grad_(False)
-    return model if quantization != "none" else model.to(device)

@@ -33,6 +33,10 @@ class Embedder:
         torch.set_num_threads(torch_threads(config.resources.index.pool(os.cpu_count() or 1)[1]))
         self._config, self._tables = config.index, tables
         self._model = SentenceTransformer(embedder_path(config.index.embedder))
+        dim = self._model.get_embedding_dimension()
+        assert dim is not None, f"{config.index.embedder} does not know the length of its vectors"
+        self._schema = embeddings_schema(dim, pa.from_numpy_dtype(config.index.dtype))
+        tables.create_empty("embeddings", self._schema)
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         shard = int(item["shard"])
@@ -44,27 +48,16 @@ class Embedder:
             normalize_embeddings=True,
             show_progress_bar=False,
         )
-        dtype = pa.from_numpy_dtype(self._config.dtype)
-        flat = pa.array(np.asarray(vectors).astype(self._config.dtype).ravel(), dtype)
-        schema = embeddings_schema(vectors.shape[1], dtype)
+        flat = pa.array(np.asarray(vectors).astype(self._config.dtype).ravel())
         columns = [sequences[name].combine_chunks() for name in ("sequence_id", "split", "shard")]
         rows = pa.Table.from_arrays(
-            [*columns, pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])], schema=schema
+            [*columns, pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])], schema=self._schema
         )
         return {"unit": shard, "fragments": self._tables.write_fragments("embeddings", rows)}
 
 
 def embedder_path(name: str) -> str:
     return str(embedded.embedder_path(name)) if embedded.is_embedded(name) else name
-
-
-def embedding_dim(name: str) -> int:
-    """Length of the encoder's vectors: some end in a layer that changes it."""
-    from sentence_transformers import SentenceTransformer
-
-    dim = SentenceTransformer(embedder_path(name), device="cpu").get_embedding_dimension()
-    assert dim is not None, f"{name} does not know the length of its vectors"
-    return dim
 
 
 def to_matrix(embeddings: pa.Table) -> Float[np.ndarray, "n d"]:
@@ -89,8 +82,6 @@ def run_index(config: RunConfig, tables: Tables, progress: Progress = silent) ->
     if left:
         resources = config.resources.index
         smallest, largest = resources.pool(len(left))
-        schema = embeddings_schema(embedding_dim(config.index.embedder), pa.from_numpy_dtype(config.index.dtype))
-        tables.create_empty("embeddings", schema)
         results = ray.data.from_items([{"shard": shard} for shard in left], override_num_blocks=len(left)).map(
             Embedder,  # pyright: ignore[reportArgumentType]
             fn_constructor_args=(config, tables),

@@ -152,10 +152,11 @@ class PlantedSubject:
         for batch in batches:
             yield {SAE: sparsify(self.activations(batch)[SAE], torch.ones(batch.shape))}
 
-    def means_without(self, token_ids: Int[torch.Tensor, "batch seq"]) -> dict[str, Float[torch.Tensor, "batch seq k"]]:
+    def holistic(self, token_ids: Int[torch.Tensor, "batch seq"]) -> dict[str, Float[torch.Tensor, "batch seq k"]]:
         places = range(token_ids.shape[1])
         shorter = [torch.cat([token_ids[:, :i], token_ids[:, i + 1 :]], dim=1) for i in places]
-        return {SAE: torch.stack([self.activations(ids)[SAE].mean(1) for ids in shorter], dim=1)}
+        without = torch.stack([self.activations(ids)[SAE].mean(1) for ids in shorter], dim=1)
+        return {SAE: self.activations(token_ids)[SAE].mean(1, keepdim=True) - without}
 
 
 class OracleSimulator:

@@ -38,6 +38,7 @@ from rayinterp.explain.local import deploy_llm
 from rayinterp.explain.runner import arm_ids, arms_left, live_features, llms_used, run_explain
 from rayinterp.grade import plan_score, run_score
 from rayinterp.harvest import run_harvest
+from rayinterp.holistic import run_holistic
 from rayinterp.index import run_index
 from rayinterp.preflight import Prepared, prepare
 from rayinterp.progress import Progress, silent
@@ -187,6 +188,11 @@ def start_committer(tables: Tables) -> Any:
     return ray.remote(Committer).options(num_cpus=0, max_restarts=-1).remote(tables)
 
 
+def records(run: Run, progress: Progress) -> dict[str, int]:
+    counts = run_records(run.config, run.tables, progress)
+    return counts | run_holistic(run.config, run.tables, *run.prepared, progress)
+
+
 def explain(run: Run, progress: Progress) -> dict[str, int]:
     config = run.config
     if not arms_left(config, run.tables, live_features(run.tables)):
@@ -219,7 +225,7 @@ _RUNNERS: dict[str, Callable[[Run, Progress], dict[str, int]]] = {
     "corpus": lambda run, progress: run_corpus(run.config, run.tables, progress),
     "harvest": lambda run, progress: run_harvest(run.config, run.tables, *run.prepared, progress),
     "index": lambda run, progress: run_index(run.config, run.tables, progress),
-    "records": lambda run, progress: run_records(run.config, run.tables, progress),
+    "records": records,
     "explain": explain,
     "score": score,
     "report": report,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModel, AutoTokenizer, BitsAndBytesConfig, DynamicCache
+import transformers  # its parts load when they are named: workers that want a FeatureId do not wait for models
 
 from rayinterp.errors import UserError
 from rayinterp.hook_points import HookPoint, normalized, parse_hook_point
@@ -101,8 +101,8 @@ class Subject(Protocol):
         """Activations of the requested features at every text token (BOS left out), batch by batch."""
         ...
 
-    def means_without(self, token_ids: Int[torch.Tensor, "batch seq"]) -> dict[str, Float[torch.Tensor, "batch seq k"]]:
-        """Mean activation of every requested feature over the other text tokens, once each token is taken out."""
+    def holistic(self, token_ids: Int[torch.Tensor, "batch seq"]) -> dict[str, Float[torch.Tensor, "batch seq k"]]:
+        """How far each requested feature's mean activation over text tokens falls when each token is taken out."""
         ...
 
 
@@ -157,7 +157,7 @@ def load_language_model(
             raise UserError(
                 f"quantization is {quantization!r}, which needs bitsandbytes: pip install 'rayinterp[quant]'"
             )
-        options["quantization_config"] = BitsAndBytesConfig(
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_8bit=quantization == "8bit", load_in_4bit=quantization == "4bit", bnb_4bit_compute_dtype=dtype
         )
         options["device_map"] = options.get("device_map") or {"": device}
@@ -167,7 +167,7 @@ def load_language_model(
 
 def cut_config(model: str, revision: str | None, num_layers: int | None = None) -> Any:
     """A model's config; with `num_layers`, that of its first layers, so that the others are not even loaded."""
-    config = AutoConfig.from_pretrained(model, revision=revision)
+    config = transformers.AutoConfig.from_pretrained(model, revision=revision)
     if num_layers is not None:
         text = config.get_text_config()
         whole, text.num_hidden_layers = text.num_hidden_layers, num_layers
@@ -230,7 +230,7 @@ class LanguageModelSubject:
         deepest = max(point.layer for point in (*self._inputs.values(), *self._targets.values()))
         self._bos = bos_token(model, revision, prepend_bos, self._cards)
         whole: Any = load_language_model(
-            AutoModel,
+            transformers.AutoModel,
             model,
             revision,
             pick_dtype(dtype, self.device),
@@ -272,7 +272,10 @@ class LanguageModelSubject:
         return ids if self._bos is None else torch.nn.functional.pad(ids, (1, 0), value=self._bos)
 
     def _run(
-        self, ids: Int[torch.Tensor, "batch new"], points: Iterable[HookPoint], cache: DynamicCache | None = None
+        self,
+        ids: Int[torch.Tensor, "batch new"],
+        points: Iterable[HookPoint],
+        cache: transformers.DynamicCache | None = None,
     ) -> dict[HookPoint, torch.Tensor]:
         """What stands at the hook points; the pass ends when all of them are seen."""
         wanted, captured = set(points), {}
@@ -369,27 +372,27 @@ class LanguageModelSubject:
         return checks
 
     @torch.inference_mode()
-    def means_without(self, token_ids: Int[torch.Tensor, "batch seq"]) -> dict[str, Float[torch.Tensor, "batch seq k"]]:
-        """As `Subject.means_without`: what stands before the token is kept, keys and values included; what stands after
-        it is computed again, one place further left."""
+    def holistic(self, token_ids: Int[torch.Tensor, "batch seq"]) -> dict[str, Float[torch.Tensor, "batch seq k"]]:
+        """As `Subject.holistic`: what stands before the token is kept, keys and values included; what stands after it
+        is computed again, one place further left."""
         ids, first = self._with_bos(token_ids), 0 if self._bos is None else 1
         num_tokens = token_ids.shape[1]
-        cache = DynamicCache()
+        cache = transformers.DynamicCache()
         whole = self._encode_dense(self._run(ids, self._inputs.values(), cache))
         # A layer that ends the pass before its attention has no keys.
         keys_values = [(layer.keys, layer.values) for layer in cache.layers if layer.keys is not None]  # type: ignore[union-attr]
         before = {name: acts[:, first:].cumsum(1) - acts[:, first:] for name, acts in whole.items()}
-        means = {name: torch.empty_like(sums) for name, sums in before.items()}
+        falls = {name: acts[:, first:].mean(1, keepdim=True).repeat(1, num_tokens, 1) for name, acts in whole.items()}
         for token in range(num_tokens):
             place, after = first + token, ids[:, first + token + 1 :]
             sums = {name: prefix[:, token] for name, prefix in before.items()}
             if after.shape[1]:
                 prefix = [(k[:, :, :place], v[:, :, :place]) for k, v in keys_values] if place else []  # type: ignore
-                states = self._run(after, self._inputs.values(), DynamicCache(prefix))
+                states = self._run(after, self._inputs.values(), transformers.DynamicCache(prefix))
                 sums = {name: sums[name] + acts.sum(1) for name, acts in self._encode_dense(states).items()}
             for name, total in sums.items():
-                means[name][:, token] = total / (num_tokens - 1)
-        return {name: mean.cpu() for name, mean in means.items()}
+                falls[name][:, token] -= total / (num_tokens - 1)
+        return {name: fall.cpu() for name, fall in falls.items()}
 
     def _encode_dense(self, states: dict[HookPoint, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {
@@ -416,7 +419,7 @@ def bos_token(model: str, revision: str | None, prepend_bos: bool | str, cards: 
         prepend_bos = wanted.pop()
     if not prepend_bos:
         return None
-    token = AutoTokenizer.from_pretrained(model, revision=revision).bos_token_id
+    token = transformers.AutoTokenizer.from_pretrained(model, revision=revision).bos_token_id
     if token is None:
         raise UserError(f"subject.prepend_bos is true, but the tokenizer of {model!r} has no BOS; set it to false")
     return int(token)

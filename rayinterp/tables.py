@@ -22,7 +22,6 @@ from datetime import timedelta
 from typing import Any
 
 import lance
-import lance_ray
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray.data
@@ -161,7 +160,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             _field("feature_key", pa.string(), "Printed feature id."),
             _field("sequence_id", pa.int64(), "The sequence."),
             _field("values", _FLOATS, "Fall of the mean activation when each token is dropped."),
-            _field("chunk", pa.int32(), "Unit of work that computed it; a null key marks a chunk as finished."),
+            _field("chunk", pa.int32(), "Unit of work that computed it."),
         ]
     ),
     "candidates": pa.schema(
@@ -291,7 +290,7 @@ _UNIT: dict[str, tuple[str, str | None]] = {
     "windows": ("file_number", None),
     "activations": ("shard", "feature = -1"),
     "embeddings": ("shard", None),
-    "holistic": ("chunk", "feature_key is null"),
+    "holistic": ("chunk", None),
 }
 """Tables that workers write unit by unit: the unit's column, and which rows mark a unit as finished."""
 
@@ -340,6 +339,8 @@ class Tables:
         self, table: str, columns: Sequence[str] | None = None, where: str | None = None
     ) -> ray.data.Dataset:
         """The same rows as a Ray Dataset, read by the cluster's workers."""
+        import lance_ray  # two seconds, which every worker of a run would pay
+
         return lance_ray.read_lance(
             self.uri(table),
             columns=None if columns is None else list(columns),
@@ -389,7 +390,11 @@ class Tables:
         """Makes the table if there is none, so that workers can write fragments into it."""
         if not self.exists(table):
             empty = (schema or SCHEMAS[table]).empty_table()
-            lance.write_dataset(empty, self.uri(table), storage_options=self.storage_options)
+            try:
+                lance.write_dataset(empty, self.uri(table), storage_options=self.storage_options)
+            except OSError:
+                if not self.exists(table):  # or another worker was quicker
+                    raise
 
     def write_fragments(self, table: str, rows: pa.Table | pa.RecordBatchReader) -> list[str]:
         """Writes data files that no reader sees yet; returns their metadata as JSON for `commit`."""

@@ -1,22 +1,14 @@
+import json
+
 import numpy as np
 import pytest
 
 from rayinterp.errors import UserError
-from rayinterp.harvest import MARKER, check_reconstruction, choose_features, to_postings
+from rayinterp.harvest import check_reconstruction, choose_features
 from rayinterp.planted import FEATURES, VOCABULARY, fires
+from rayinterp.postings import ACCURACY, MARKER, QUANTILES
+from rayinterp.subject import SubjectCheck
 from tests.conftest import planted_config
-
-
-def test_postings_hold_the_non_zeros_and_nothing_else():
-    dense = np.zeros((4, 5), dtype=np.float32)
-    dense[1, 4], dense[3, 0], dense[3, 2] = 2.0, 1.0, 3.0
-    postings = to_postings(dense)
-    assert postings.rows.tolist() == [1, 3]
-    assert postings.max_activations.tolist() == [2.0, 3.0]
-    assert postings.offsets.tolist() == [0, 1, 3]
-    assert postings.positions.tolist() == [4, 0, 2]
-    assert postings.values.tolist() == [2.0, 1.0, 3.0]
-    assert to_postings(np.zeros((2, 2), dtype=np.float32)) is None
 
 
 def test_a_count_is_a_seeded_sample_not_the_first_features(tmp_path):
@@ -42,12 +34,12 @@ def test_a_feature_beyond_the_width_is_refused(tmp_path, features):
         choose_features(planted_config(tmp_path, f"subject.features={features}"), "a", 5)
 
 
-def test_a_bad_reconstruction_stops_the_harvest_and_names_likely_causes(tmp_path):
-    config = planted_config(tmp_path)
-    check_reconstruction({"a": 0.3}, config)
+def test_a_bad_reconstruction_stops_the_harvest_and_names_likely_causes():
+    for share in (0.3, None):
+        check_reconstruction({"a": SubjectCheck(share, 1.0)}, 0.5)
     for share in (0.9, float("nan")):
         with pytest.raises(UserError, match="wrong hook point"):
-            check_reconstruction({"a": share}, config)
+            check_reconstruction({"a": SubjectCheck(share, 1.0)}, 0.5)
 
 
 def test_harvested_activations_are_the_planted_ones(planted_run):
@@ -94,4 +86,16 @@ def test_feature_statistics_are_those_of_the_corpus(planted_run):
     best = sorted(truths, key=lambda i: (-truths[i].max(), i))[: planted_run.config.harvest.num_top]
     assert row["top_sequence_ids"] == best
     assert row["top_activations"] == pytest.approx([truths[i].max() for i in best])
+    values = np.concatenate([t[t > 0] for t in truths.values()])
+    for quantile, found in zip(QUANTILES, row["quantiles"], strict=True):
+        assert found == pytest.approx(np.quantile(values, quantile, method="lower"), rel=1.01 * ACCURACY)
+    assert row["mean_activation"] == pytest.approx(values.mean(), rel=1e-6)
     assert features[3]["max_activation"] == 0 and features[3]["num_tokens"] == 0
+
+
+def test_every_sae_has_a_row_with_its_check(planted_run):
+    (row,) = planted_run.tables.read("saes").to_pylist()
+    assert (row["sae"], row["num_features"], row["variance_unexplained"]) == ("planted", 6, 0.0)
+    assert (row["num_outlier_tokens"], row["outlier_token_ids"]) == (0, [])
+    marker = planted_run.tables.read("activations", where=f"feature = {MARKER}").to_pylist()[0]
+    assert json.loads(marker["notes"])["planted"]["median_norm"] == 1.0

@@ -12,8 +12,8 @@ ROOT = Path(rayinterp.__file__).parent
 ORDER = [
     "errors", "progress", "config", "tables", "explanation", "embedded", "prompts", "simulate.simulator",
     "hook_points", "saes", "subject", "planted", "documents", "corpus", "postings", "harvest", "index", "records",
-    "score", "controls", "simulate", "explain", "grade", "report_data", "report_cards", "report", "show", "preflight",
-    "run", "cli",
+    "holistic", "score", "controls", "simulate", "explain", "grade", "report_data", "report_cards", "report", "show",
+    "preflight", "run", "cli",
 ]  # fmt: skip
 """Each module may import from those before it."""
 
@@ -61,7 +61,7 @@ def test_imports_go_up_the_list():
 
 def test_lance_and_ray_stay_in_their_rooms():
     ray_rooms = {
-        "progress", "tables", "corpus", "harvest", "index", "records", "grade", "run", "simulate.serve",
+        "progress", "tables", "corpus", "harvest", "index", "records", "holistic", "grade", "run", "simulate.serve",
         "explain.runner", "explain.local",
     }  # fmt: skip
     for name, tree in modules():

@@ -59,8 +59,29 @@ def test_a_feature_beyond_the_width(tmp_path):
 def test_an_sae_of_another_model(tmp_path):
     folder = tmp_path / "sae"
     folder.mkdir()
-    (folder / "cfg.json").write_text(json.dumps({"d_in": 768, "d_sae": 100}))
+    (folder / "cfg.json").write_text(json.dumps({"d_in": 768, "d_sae": 100, "hook_name": "blocks.5.hook_resid_post"}))
     refused(demo(tmp_path, f"subject.saes.sae_id={folder}"), "768", "576")
+
+
+def test_an_sae_that_reads_what_cannot_be_read(tmp_path):
+    folder = tmp_path / "sae"
+    folder.mkdir()
+    for name, words in (
+        ("blocks.5.attn.hook_q", "blocks.N.hook_mlp_out"),
+        ("blocks.30.hook_resid_pre", "layers 0 to 29"),
+    ):
+        (folder / "cfg.json").write_text(json.dumps({"d_in": 576, "d_sae": 100, "hook_name": name}))
+        refused(demo(tmp_path, f"subject.saes.sae_id={folder}"), name, words)
+
+
+def test_saes_that_disagree_about_bos(tmp_path):
+    for layer, prepend_bos in ((5, True), (9, False)):
+        folder = tmp_path / f"sae_{layer}"
+        folder.mkdir()
+        metadata = {"hook_name": f"model.layers.{layer}", "prepend_bos": prepend_bos}
+        config = {"d_in": 576, "d_sae": 100, "architecture": "topk", "k": 3, "metadata": metadata}
+        (folder / "cfg.json").write_text(json.dumps(config))
+    refused(demo(tmp_path, f"subject.saes.sae_id={tmp_path}/sae_{{layer}}"), "subject.prepend_bos", "true or false")
 
 
 def test_a_missing_package_of_the_embedded_default(tmp_path, monkeypatch):

@@ -2,7 +2,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from rayinterp.tables import KEYS, SCHEMAS, Committer, Tables, embeddings_schema, sql_in, to_arrow
+from rayinterp.tables import KEYS, SCHEMAS, Committer, FragmentCommitter, Tables, embeddings_schema, sql_in, to_arrow
 
 
 def call(n, **columns):
@@ -75,16 +75,80 @@ def test_stream_commit_yields_rows_only_when_they_are_visible(tmp_path, ray_sess
     import ray.data
 
     tables = Tables(str(tmp_path))
-    tables.create_empty("sequences")
+    tables.create_empty("embeddings")
 
     def write(item):
-        rows = to_arrow("sequences", [{"sequence_id": int(item["id"]), "shard": int(item["id"])}])
-        return {"shard": item["id"], "fragments": tables.write_fragments("sequences", rows)}
+        rows = to_arrow("embeddings", [{"sequence_id": int(item["id"]), "shard": int(item["id"])}])
+        return {"unit": item["id"], "fragments": tables.write_fragments("embeddings", rows)}
 
     dataset = ray.data.from_items([{"id": i} for i in range(6)]).map(write)
-    for row in tables.stream_commit("sequences", dataset):
-        assert row["shard"] in tables.distinct("sequences", "shard")
-    assert tables.count("sequences") == 6
+    units = []
+    for row in tables.stream_commit("embeddings", dataset):
+        assert row["unit"] in tables.finished_units("embeddings")
+        units.append(row["unit"])
+    assert sorted(units) == list(range(6))
+    assert tables.count("embeddings") == 6
+
+
+def test_a_unit_that_comes_twice_is_committed_once(tmp_path):
+    tables = Tables(str(tmp_path))
+    tables.create_empty("embeddings")
+
+    def fragments(unit):
+        return tables.write_fragments("embeddings", to_arrow("embeddings", [{"sequence_id": unit, "shard": unit}]))
+
+    committer = FragmentCommitter(tables, "embeddings")
+    committer.add(1, fragments(1))
+    committer.add(1, fragments(1))
+    assert committer.flush() == [1]
+    assert committer.add(1, fragments(1)) == [1]
+    restarted = FragmentCommitter(tables, "embeddings")
+    assert restarted.add(1, fragments(1)) == [1]
+    restarted.add(2, fragments(2))
+    restarted.flush()
+    assert sorted(tables.read("embeddings")["shard"].to_pylist()) == [1, 2]
+
+
+def test_many_commits_are_compacted_while_workers_hold_files_that_are_not_committed(tmp_path, monkeypatch):
+    monkeypatch.setattr("rayinterp.tables.COMMITS_BETWEEN_COMPACTIONS", 4)
+    tables = Tables(str(tmp_path))
+    tables.create_empty("embeddings")
+
+    def fragments(unit):
+        return tables.write_fragments("embeddings", to_arrow("embeddings", [{"sequence_id": unit, "shard": unit}]))
+
+    committer, in_flight = FragmentCommitter(tables, "embeddings"), fragments(99)
+    for unit in range(13):
+        committer.add(unit, fragments(unit))
+        committer.flush()
+    assert len(tables.open("embeddings").versions()) <= 4
+    assert len(tables.open("embeddings").get_fragments()) <= 3
+    committer.add(99, in_flight)
+    committer.flush()
+    assert sorted(tables.read("embeddings")["shard"].to_pylist()) == [*range(13), 99]
+
+
+def test_fragments_are_streamed_in_the_order_of_their_unit(tmp_path):
+    tables = Tables(str(tmp_path))
+    tables.create_empty("windows")
+    assert list(tables.sorted_batches("windows", ["sequence_id"], "file_number")) == []
+    for number in (2, 0, 1):
+        rows = [{"file_number": number, "sequence_id": 10 * number + i} for i in range(3)]
+        tables.commit("windows", tables.write_fragments("windows", to_arrow("windows", rows)))
+    batches = tables.sorted_batches("windows", ["sequence_id"], "file_number")
+    assert [i for batch in batches for i in batch.column(0).to_pylist()] == [0, 1, 2, 10, 11, 12, 20, 21, 22]
+
+
+def test_a_table_is_finished_when_its_index_is_there_and_dropped_when_told(tmp_path):
+    tables = Tables(str(tmp_path))
+    assert not tables.is_finished("records")
+    tables.append("records", [{"feature_key": "a/1", "split": "train", "source": "random", "rank": 0}])
+    assert not tables.is_finished("records")
+    tables.finish("records")
+    assert tables.is_finished("records")
+    tables.drop("records")
+    tables.drop("records")
+    assert not tables.exists("records")
 
 
 def test_committer_writes_the_nodes_before_the_winner(tmp_path, monkeypatch):

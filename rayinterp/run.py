@@ -131,9 +131,6 @@ def connected(config: RunConfig) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False  # they would be drawn on top of ours
-    context.raise_original_map_exception = True  # so that a worker's UserError reaches the user as one
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     address = config.resources.address or os.environ.get("RAY_ADDRESS")
     ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, ignore_reinit_error=True)
@@ -254,6 +251,9 @@ def run_stage(run: Run, stage: str, progress: Progress = silent) -> dict[str, in
             f"stage {stage} reads the table {needed}, which {run.config.run_dir!r} does not hold yet; run the stages "
             f"before it first: {', '.join(STAGES[: STAGES.index(stage)])}"
         )
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False  # they would be drawn on top of ours
+    context.raise_original_map_exception = True  # so that a worker's UserError reaches the user as one
     counts = _RUNNERS[stage](run, progress)
     if counts:
         write_manifest(run.config, {stage: counts})

@@ -25,7 +25,6 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """A local Ray with two CPUs and no dashboard."""
-    ray.data.DataContext.get_current().enable_progress_bars = False
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
     yield
     from ray import serve

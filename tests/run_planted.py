@@ -41,7 +41,6 @@ if __name__ == "__main__":
         logging_level=logging.WARNING,
         runtime_env={"worker_process_setup_hook": dawdle},
     )
-    ray.data.DataContext.get_current().enable_progress_bars = False
     dawdle()
     # One shard of work in flight at a time, or all of them are written before the first is committed.
     run_all(planted_config(Path(sys.argv[1]), "resources.searches_per_actor=1"))

@@ -34,7 +34,7 @@ def main() -> None:
         table.add_row(
             *("-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value) for value in row)
         )
-    Console().print(table)
+    Console(width=max(Console().width, 150)).print(table)
     path = Path("build/bench.json")
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps([row._asdict() for row in rows], indent=2))

@@ -52,6 +52,16 @@ class SaeConfig(_Section):
     name: str = "layer_{layer}"
     """The SAE's name in feature ids."""
 
+    @model_validator(mode="after")
+    def _layers_differ(self) -> SaeConfig:
+        if not self.layers:
+            raise ValueError("layers is empty; name one at least")
+        if isinstance(self.layers, str) or len(set(self.layers)) > 1:
+            for field, value in (("sae_id", self.sae_id), ("name", self.name)):
+                if "{layer}" not in value:
+                    raise ValueError(f"{field} is {value!r} for several layers; put {{layer}} where they differ")
+        return self
+
 
 class SubjectConfig(_Section):
     model: str
@@ -88,6 +98,8 @@ class CorpusConfig(_Section):
     such a folder, `embedded` or `planted`."""
     reader: Literal["files", "datasets"] = "files"
     """files: the dataset's data files as they are; datasets: through Hugging Face datasets, streaming."""
+    revision: str | None = None
+    """Commit of a Hugging Face dataset, so that a run can be repeated."""
     hf_config: str | None = None
     """Configuration of a dataset that is read through datasets."""
     hf_split: str = "train"

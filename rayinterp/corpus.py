@@ -4,13 +4,15 @@
 
 Each input file has its own quota, so the tables depend on the config alone and not on the number of workers. A worker
 streams its file into `windows`, which is dropped at the end; a run that was killed goes on with the files that are
-left. Nothing is held whole: neither a file nor the corpus. What is left out is counted by reason.
+left. Of a file, and of the corpus, the digests of windows are held and not their text. What is left out is counted by
+reason.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import PurePosixPath
@@ -25,7 +27,7 @@ from rayinterp.config import CorpusConfig, RunConfig
 from rayinterp.documents import Dropped, list_files, read_documents
 from rayinterp.errors import UserError
 from rayinterp.progress import Progress, Throughput, silent
-from rayinterp.tables import SCHEMAS, Tables
+from rayinterp.tables import COMMIT_SECONDS, SCHEMAS, Tables
 
 if TYPE_CHECKING:
     from jaxtyping import Bool
@@ -89,6 +91,9 @@ def windows(
     if not isinstance(text, str) or not text:
         dropped["document_without_text"] += 1
         return []
+    if any("\ud800" <= character <= "\udfff" for character in text):  # half of a pair, which no encoding can write
+        dropped["document_not_unicode"] += 1
+        return []
     length = config.sequence_length
     ids = tokenizer.encode(text, add_special_tokens=False)
     numbers = np.arange(min(len(ids) // length, 1 << WINDOW_BITS))
@@ -126,6 +131,7 @@ def cut_file(
         if not kept:
             continue
         document_id = stable_hash(field(document, config.text_field))
+        subset = str(field(document, config.subset_field) or PurePosixPath(file).name).encode("utf-8", "replace")
         for number, ids, text in kept:
             window_digest = digest(ids)
             if window_digest in seen:
@@ -137,7 +143,7 @@ def cut_file(
             yield {
                 "sequence_id": (file_number << DOCUMENT_BITS | document_number) << WINDOW_BITS | number,
                 "document_id": document_id,
-                "subset": str(field(document, config.subset_field) or PurePosixPath(file).name),
+                "subset": subset.decode(),
                 "split": split_of(seed, document_id, config.splits),
                 "token_ids": ids,
                 "text": text,
@@ -170,8 +176,7 @@ class FileCutter:
             if rows:
                 yield pa.RecordBatch.from_pylist(rows, SCHEMAS["windows"])
 
-        reader = pa.RecordBatchReader.from_batches(SCHEMAS["windows"], batches())
-        fragments = self._tables.write_fragments("windows", reader)
+        fragments = self._tables.write_fragments("windows", batches())
         counts = {reason: count for reason, count in sorted(dropped.counts.items()) if count}
         return {
             "unit": number,
@@ -221,15 +226,19 @@ def run_corpus(config: RunConfig, tables: Tables, progress: Progress = silent) -
         digests = [batch.column(0) for batch in tables.sorted_batches("windows", ["digest"], "file_number")]
         keep = first_of_each(pa.chunked_array(digests, pa.binary(16)).combine_chunks())
         if not keep.any():
+            counts = _counts(tables)
+            tables.drop("windows")
+            tables.drop("corpus_files")
             raise UserError(
                 f"corpus.dataset {config.corpus.dataset!r} gave no sequence of {config.corpus.sequence_length} tokens "
-                f"({_counts(tables)}); lower corpus.sequence_length, or set corpus.ascii_only to false"
+                f"({counts}); lower corpus.sequence_length, or set corpus.ascii_only to false"
             )
         columns = [name for name in SCHEMAS["sequences"].names if name in SCHEMAS["windows"].names]
         batches = tables.sorted_batches("windows", columns, "file_number")
         numbered = number_shards(batches, keep, config.corpus.shard_size)
-        tables.create("sequences", pa.RecordBatchReader.from_batches(SCHEMAS["sequences"], numbered))
+        tables.create("sequences", numbered)
     if not tables.is_finished("sequences"):
+        tables.finish("corpus_files")
         tables.finish("sequences")
     tables.drop("windows")
     return _counts(tables)
@@ -238,7 +247,7 @@ def run_corpus(config: RunConfig, tables: Tables, progress: Progress = silent) -
 def _cut_files(config: RunConfig, tables: Tables, progress: Progress) -> None:
     """Fills `windows` and `corpus_files` from the input files that are left."""
     files, resources = list_files(config.corpus), config.resources.corpus
-    finished = tables.distinct("corpus_files", "file_number")
+    finished = check_same_files(tables, files)
     work = [
         {"file_number": number, "file": file, "quota": quota}
         for number, (file, quota) in enumerate(zip(files, quotas(config.corpus.num_sequences, len(files)), strict=True))
@@ -256,11 +265,34 @@ def _cut_files(config: RunConfig, tables: Tables, progress: Progress) -> None:
         compute=ray.data.ActorPoolStrategy(min_size=smallest, max_size=largest),
         num_cpus=resources.num_cpus,
     )
-    for result in tables.stream_commit("windows", results):
+    rows: list[dict[str, Any]] = []
+    last_append = time.monotonic()
+    for result in tables.stream_commit("windows", results, compact=False):
         # After its windows: this row marks the file as finished.
-        tables.append("corpus_files", [json.loads(result["row"])])
+        rows.append(json.loads(result["row"]))
+        if time.monotonic() - last_append > COMMIT_SECONDS:
+            tables.append("corpus_files", rows)
+            rows, last_append = [], time.monotonic()
         throughput.add(1, result["num_tokens"])
         throughput.report(progress)
+    tables.append("corpus_files", rows)
+
+
+def check_same_files(tables: Tables, files: list[str]) -> set[int]:
+    """Numbers of the files that are finished.
+
+    Raises:
+        UserError: the list of input files has changed since: numbers would mean other files.
+    """
+    finished = {row["file_number"]: row["file"] for row in tables.read("corpus_files").to_pylist()}
+    for number, file in finished.items():
+        if number >= len(files) or files[number] != file:
+            now = files[number] if number < len(files) else "not there"
+            raise UserError(
+                f"corpus.dataset has changed since this run began to cut it: input file {number} was {file} and is "
+                f"{now}; put the files back, or give another run_dir"
+            )
+    return set(finished)
 
 
 def _counts(tables: Tables) -> dict[str, int]:

@@ -10,12 +10,14 @@ is an error, because trying again may help.
 
 from __future__ import annotations
 
+import glob
 import gzip
 import json
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -33,8 +35,8 @@ CORRUPT = (zstandard.ZstdError, zlib.error, gzip.BadGzipFile, EOFError, pa.Arrow
 """What decoders raise on damaged input."""
 MAX_NAMED = 100
 """Damaged places named per input file; all are counted."""
-CHUNK = 1 << 20
-"""Bytes read at a time."""
+CHUNK = 1 << 16
+"""Bytes read at a time: at most so much is lost before a damaged place."""
 MAX_ZSTD_WINDOW = 1 << 31
 """The largest window that `zstd --long` writes."""
 
@@ -72,16 +74,18 @@ def list_files(config: CorpusConfig) -> list[str]:
     if local.isdir(config.dataset) or "://" in config.dataset:
         root = config.dataset.rstrip("/")
     else:
-        root = f"hf://datasets/{config.dataset}"
+        root = f"hf://datasets/{config.dataset}" + (f"@{config.revision}" if config.revision else "")
     try:
         filesystem, path = fsspec.core.url_to_fs(root)
-        found = sorted(filesystem.glob(f"{path}/{config.files or '**'}"))
+        found = filesystem.glob(f"{glob.escape(path)}/{config.files or '**'}", detail=True)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise UserError(
             f"corpus.dataset {config.dataset!r} is not a local file or folder, and cannot be listed as {root} "
             f"({_first_line(error)}); check the name and the network"
         ) from None
-    files = [filesystem.unstrip_protocol(name) for name in found if name.endswith(READABLE)]
+    # A folder may be called x.parquet: its parts are listed themselves.
+    names = sorted(name for name, info in found.items() if info["type"] == "file" and name.endswith(READABLE))
+    files = [filesystem.unstrip_protocol(name) for name in names]
     if not files:
         raise UserError(
             f"corpus.dataset {config.dataset!r} (corpus.files {config.files!r}) holds no file ending in "
@@ -94,7 +98,9 @@ def _open_dataset(config: CorpusConfig) -> Any:
     import datasets
 
     try:
-        return datasets.load_dataset(config.dataset, config.hf_config, split=config.hf_split, streaming=True)
+        return datasets.load_dataset(
+            config.dataset, config.hf_config, split=config.hf_split, revision=config.revision, streaming=True
+        )
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise UserError(
             f"corpus.dataset {config.dataset!r} (hf_config {config.hf_config!r}, hf_split {config.hf_split!r}) cannot "
@@ -133,7 +139,8 @@ def _decode(file: str, raw: Any, dropped: Dropped) -> Iterator[dict[str, Any]]:
     elif file.endswith(".zst"):
         yield from _json_lines(file, _zstd_chunks(raw), dropped)
     elif file.endswith(".gz"):
-        yield from _json_lines(file, _chunks(gzip.GzipFile(fileobj=raw)), dropped)
+        # `read` would throw away what it has when it comes to a damaged place.
+        yield from _json_lines(file, iter(partial(gzip.GzipFile(fileobj=raw).read1, CHUNK), b""), dropped)
     else:
         yield from _json_lines(file, _chunks(raw), dropped)
 
@@ -145,6 +152,8 @@ def _parquet_rows(file: str, raw: Any, dropped: Dropped) -> Iterator[dict[str, A
         try:
             for batch in parquet.iter_batches(batch_size=256, row_groups=[group]):
                 yield from batch.to_pylist()
+        except UnicodeDecodeError as error:
+            dropped.name("corrupt_row_group", f"{file} row group {group} ({_first_line(error)})")
         except OSError as error:
             # Arrow reports damaged pages as plain OSErrors; those of a disk or a network have an errno or a subclass.
             if type(error) is not OSError or error.errno is not None:
@@ -178,7 +187,7 @@ def _json_lines(file: str, chunks: Iterable[bytes], dropped: Dropped) -> Iterato
             continue
         try:
             document = json.loads(line)
-        except ValueError:  # not JSON, or not UTF-8
+        except (ValueError, RecursionError):  # not JSON, not UTF-8, or nested a thousand deep
             document = None
         if isinstance(document, dict):
             yield document

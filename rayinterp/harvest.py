@@ -155,6 +155,7 @@ class Harvester:
             self._subject = load_subject(config, sources, features)
             self._checks = self._subject.check(read_token_ids(tables, f"shard = 0 and row < {NUM_CHECKED}"))
             check_reconstruction(self._checks, config.subject.max_variance_unexplained)
+            check_same_dtype(tables, self._subject.dtype)
         except UserError as error:
             # Raised with the first shard: an actor that fails to start is only reported as dead.
             self._refusal = error
@@ -166,8 +167,11 @@ class Harvester:
         token_ids = read_token_ids(self._tables, f"shard = {shard}")
         with self._model_is_free:
             torch.set_num_threads(self._threads)  # torch counts them per calling thread
-            batches = list(self._subject.stream(token_ids.split(self._batch_size(token_ids))))
+            batch = batch_size(token_ids, self._config.harvest.token_budget)
+            batches = list(self._subject.stream(token_ids.split(batch)))
         by_sae = {sae: join_batches([batch[sae] for batch in batches]) for sae in self._features}
+        del batches
+        check_finite(by_sae, shard)
         parts = [to_postings(by_sae[sae], sae, features, shard) for sae, features in self._features.items()]
         table = pa.concat_tables([*parts, self._marker(shard, token_ids, by_sae)])
         return {
@@ -176,20 +180,62 @@ class Harvester:
             "num_tokens": token_ids.numel(),
         }
 
-    def _batch_size(self, token_ids: Int[torch.Tensor, "rows seq"]) -> int:
-        return max(1, self._config.harvest.token_budget // token_ids.shape[1])
-
     def _marker(self, shard: int, token_ids: torch.Tensor, by_sae: dict[str, SparseActivations]) -> pa.Table:
         """The row that marks the shard as finished, with its counts."""
-        notes = {}
-        for sae, activations in by_sae.items():
-            check = self._checks[sae]
-            outliers = token_ids.numpy()[activations.norms >= OUTLIER_NORM * check.median_norm]
-            named = dict(Counter(outliers.tolist()).most_common(NUM_OUTLIERS_NAMED))
-            notes[sae] = {**check._asdict(), "num_outlier_tokens": len(outliers), "outliers": named}
+        notes = {
+            sae: {
+                **self._checks[sae]._asdict(),
+                "dtype": self._subject.dtype,
+                **count_outliers(activations, token_ids, OUTLIER_NORM * self._checks[sae].median_norm),
+            }
+            for sae, activations in by_sae.items()
+        }
         row = {"feature_key": "", "sae": "", "feature": MARKER, "shard": shard, "notes": json.dumps(notes)}
         counts = {"num_sequences": len(token_ids), "num_tokens": token_ids.numel()}
         return pa.Table.from_pylist([{**row, **counts}], SCHEMAS["activations"])
+
+
+def batch_size(token_ids: Int[torch.Tensor, "rows seq"], token_budget: int) -> int:
+    """Sequences per forward pass."""
+    return max(1, token_budget // token_ids.shape[1])
+
+
+def count_outliers(
+    activations: SparseActivations, token_ids: Int[torch.Tensor, "rows seq"], limit: float
+) -> dict[str, Any]:
+    """Tokens at which an SAE reads something of length `limit` or more: how many, and the most frequent ones."""
+    outliers = token_ids.numpy()[activations.norms >= limit]
+    named = dict(Counter(outliers.tolist()).most_common(NUM_OUTLIERS_NAMED))
+    return {"num_outlier_tokens": len(outliers), "outliers": named}
+
+
+def check_finite(activations: dict[str, SparseActivations], shard: int) -> None:
+    """Refuses infinite and undefined numbers, of which statistics would be nonsense.
+
+    Raises:
+        UserError: names the SAE.
+    """
+    for sae, sparse in activations.items():
+        if not np.isfinite(sparse.values).all():
+            raise UserError(
+                f"SAE {sae} has activations that are no finite numbers in shard {shard}: most likely the model "
+                "overflows in this precision; set subject.dtype=float32 or bfloat16"
+            )
+
+
+def check_same_dtype(tables: Tables, dtype: str) -> None:
+    """Refuses to go on with a harvest in another precision than it was begun in: shards would not go together.
+
+    Raises:
+        UserError: names both.
+    """
+    notes = tables.read("activations", ["notes"], f"feature = {MARKER}")["notes"].to_pylist()
+    before = {note["dtype"] for text in notes[:1] for note in json.loads(text).values()}
+    if before - {dtype}:
+        raise UserError(
+            f"this harvest was begun in {before.pop()}, and on this machine subject.dtype and subject.device give "
+            f"{dtype}; go on with hardware of the same kind, or give another run_dir"
+        )
 
 
 def torch_threads(num_actors: int) -> int:
@@ -216,7 +262,7 @@ def run_harvest(
     if not tables.exists("features"):
         tables.create("saes", _sae_rows(tables, features))
         statistics = _all_statistics(config, tables, features, len(all_shards))
-        tables.create("features", pa.RecordBatchReader.from_batches(SCHEMAS["features"], statistics))
+        tables.create("features", statistics)
     statuses = Counter(tables.read("features", ["status"])["status"].to_pylist())
     outliers = sum(tables.read("saes", ["num_outlier_tokens"])["num_outlier_tokens"].to_pylist())
     return {**dict(sorted(statuses.items())), "outlier_tokens": outliers}

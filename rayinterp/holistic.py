@@ -17,7 +17,7 @@ import torch
 
 from rayinterp.config import RunConfig
 from rayinterp.errors import UserError
-from rayinterp.harvest import load_subject, torch_threads
+from rayinterp.harvest import batch_size, load_subject, torch_threads
 from rayinterp.progress import Progress, Throughput, silent
 from rayinterp.saes import SaeSource
 from rayinterp.subject import FeatureId
@@ -61,7 +61,7 @@ class HolisticHarvester:
         self, config: RunConfig, tables: Tables, sources: list[SaeSource], features: dict[str, list[int]]
     ) -> None:
         torch.set_num_threads(torch_threads(config.resources.harvest.num_actors))
-        self._tables = tables
+        self._tables, self._token_budget = tables, config.harvest.token_budget
         self._refusal: UserError | None = None
         try:
             self._subject = load_subject(config, sources, features)
@@ -73,7 +73,8 @@ class HolisticHarvester:
         if self._refusal is not None:
             raise self._refusal
         token_ids = torch.tensor([list(ids) for ids in item["token_ids"]])
-        holistic = self._subject.holistic(token_ids)
+        parts = [self._subject.holistic(part) for part in token_ids.split(batch_size(token_ids, self._token_budget))]
+        holistic = {sae: torch.cat([part[sae] for part in parts]) for sae in parts[0]}
         rows = [
             {
                 "feature_key": key,

@@ -2,7 +2,7 @@
 
     blocks.N.hook_resid_pre|mid|post  blocks.N.hook_attn_out  blocks.N.attn.hook_z
     blocks.N.hook_mlp_in|out  blocks.N.mlp.hook_in  blocks.N.ln1|ln2.hook_normalized      families in FAMILIES
-    model.layers.9   transformer.h.9   model.layers.9.mlp                                 any model, by its own names
+    model.layers.9   transformer.h.9   model.layers.9.mlp   model.layers.9.mlp.input      any model, by its own names
 
 Imports torch alone. It knows nothing of SAEs.
 """
@@ -71,6 +71,8 @@ FAMILIES: dict[str, Family] = {
 }
 """By the `model_type` of the (text) config."""
 
+LAYERS_IN_H = ("gpt2", "gptj", "bloom", "falcon", "gpt_bigcode")
+"""Model types whose decoder keeps its layers in `h`; all others in `layers`."""
 NAMES = (
     "hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "attn.hook_z", "hook_mlp_in",
     "hook_mlp_out", "mlp.hook_in", "ln1.hook_normalized", "ln2.hook_normalized",
@@ -84,13 +86,12 @@ def parse_hook_point(hook_name: str, config: Any) -> HookPoint:
     Raises:
         UserError: a name that is not mapped, with those that are; or a layer that the model does not have.
     """
-    layers = "h" if config.model_type == "gpt2" else "layers"
     if match := re.fullmatch(r"blocks\.(\d+)\.(.+)", hook_name):
-        layer = int(match[1])
+        layers, layer = "h" if config.model_type in LAYERS_IN_H else "layers", int(match[1])
         module, kind, residual = _within_layer(match[2], config, hook_name)
-    elif match := re.fullmatch(r"(?:\w+\.)*?(?:layers|h)\.(\d+)((?:\.\w+)*)", hook_name):
-        layer = int(match[1])
-        module, kind, residual = match[2].removeprefix("."), "output", match[2] == ""
+    elif match := re.fullmatch(r"(?:\w+\.)*?(layers|h)\.(\d+)((?:\.\w+)*?)(?:\.(input|output))?", hook_name):
+        layers, layer, module, kind = match[1], int(match[2]), match[3].removeprefix("."), match[4] or "output"
+        residual = module == ""
     else:
         raise UserError(_unmapped(hook_name, config, NAMES))
     if layer >= config.num_hidden_layers:
@@ -98,7 +99,8 @@ def parse_hook_point(hook_name: str, config: Any) -> HookPoint:
             f"the SAE reads {hook_name!r}, but the subject model ({config.model_type}) has layers 0 to "
             f"{config.num_hidden_layers - 1}; subject.model and subject.saes do not belong together"
         )
-    return HookPoint(layer, ".".join(filter(None, (layers, str(layer), module))), kind, residual)
+    path = ".".join(filter(None, (layers, str(layer), module)))
+    return HookPoint(layer, path, kind, residual)  # pyright: ignore[reportArgumentType]
 
 
 def _within_layer(name: str, config: Any, hook_name: str) -> tuple[str, Kind, bool]:
@@ -131,6 +133,23 @@ def _unmapped(hook_name: str, config: Any, names: Any) -> str:
         f"the SAE reads {hook_name!r}, which is not mapped for subject models of type {config.model_type!r}; these "
         f"names are: {listed}; and the model's own, e.g. model.layers.N or model.layers.N.mlp"
     )
+
+
+def check_module(model: torch.nn.Module, point: HookPoint, hook_name: str) -> None:
+    """Refuses a hook point whose module the decoder does not have.
+
+    Raises:
+        UserError: says what the layer has instead.
+    """
+    try:
+        model.get_submodule(point.module)
+    except AttributeError:
+        try:
+            layer = model.get_submodule(".".join(point.module.split(".")[:2]))
+            there = f"its layer {point.layer} has {', '.join(name for name, _ in layer.named_modules() if name)}"
+        except AttributeError:
+            there = f"it has {', '.join(name for name, _ in model.named_children())}"
+        raise UserError(f"the SAE reads {hook_name!r}, which the subject model does not have: {there}") from None
 
 
 def normalized(module: torch.nn.Module, x: Float[torch.Tensor, "... d"]) -> Float[torch.Tensor, "... d"]:

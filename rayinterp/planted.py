@@ -137,6 +137,7 @@ class PlantedSubject:
 
     def __init__(self, features: dict[str, list[int]]) -> None:
         self.features = features
+        self.dtype = "float32"
 
     def activations(self, token_ids: Int[torch.Tensor, "batch seq"]) -> dict[str, Float[torch.Tensor, "batch seq k"]]:
         """Activations of the requested features, dense."""

@@ -5,6 +5,7 @@ Also settles what the run needs to know about the subject: which SAEs and which 
 
 from __future__ import annotations
 
+import copy
 import difflib
 import importlib.util
 import uuid
@@ -20,10 +21,10 @@ from rayinterp.errors import UserError
 from rayinterp.explain.client import api_key
 from rayinterp.explain.runner import llms_used
 from rayinterp.harvest import choose_features, sae_sources
-from rayinterp.hook_points import parse_hook_point
+from rayinterp.hook_points import check_module, parse_hook_point
 from rayinterp.index import embedder_path
 from rayinterp.saes import SaeCard, SaeSource, read_card
-from rayinterp.subject import bos_token
+from rayinterp.subject import bos_token, cut_layers
 
 
 class Prepared(NamedTuple):
@@ -164,14 +165,27 @@ def check_sae(source: SaeSource, subject: Any) -> SaeCard:
     if source.release is not None:
         _check_release(source.release, source.sae_id)
     card, text = read_card(source), subject.get_text_config()
-    for hook_name in filter(None, (card.hook_name, card.hook_name_out)):
-        parse_hook_point(hook_name, text)
-    if parse_hook_point(card.hook_name, text).residual and card.d_in != text.hidden_size:
+    names = [name for name in (card.hook_name, card.hook_name_out) if name is not None]
+    points = [parse_hook_point(name, text) for name in names]
+    outline = model_outline(subject, max(point.layer for point in points) + 1)
+    for point, name in zip(points, names, strict=True):
+        check_module(outline, point, name)
+    if points[0].residual and card.d_in != text.hidden_size:
         raise UserError(
             f"SAE {source.sae_id!r} reads vectors of {card.d_in} numbers, but the subject model's have "
             f"{text.hidden_size}; subject.model and subject.saes do not belong together"
         )
     return card
+
+
+def model_outline(config: Any, num_layers: int) -> Any:
+    """The subject's decoder without weights, as far as it will run: made in a moment, whatever its size."""
+    import torch
+    from transformers import AutoModel
+
+    with torch.device("meta"):
+        model = AutoModel.from_config(cut_layers(copy.deepcopy(config), num_layers))
+    return getattr(model, "language_model", model)
 
 
 def _check_release(release: str, sae_id: str) -> None:

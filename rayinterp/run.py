@@ -85,7 +85,8 @@ def freeze(config: RunConfig) -> None:
     if filesystem.exists(name):
         old = yaml.safe_load(filesystem.cat_file(name))
         differing = differing_fields(old, config.model_dump(mode="json"))
-        if differing and Tables(absolute(config.run_dir)).exists("sequences"):
+        tables = Tables(absolute(config.run_dir))
+        if differing and any(tables.exists(table) for table in ("windows", "corpus_files", "sequences")):
             raise UserError(
                 f"run_dir {config.run_dir!r} holds tables made with other settings:\n"
                 + "\n".join(f"  {line}" for line in differing)

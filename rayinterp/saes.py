@@ -80,7 +80,9 @@ def read_card(source: SaeSource) -> SaeCard:
         config = load_sae_config_from_huggingface(source.release, source.sae_id)
     # Before sae-lens 6 these stood at the top level.
     metadata = {**config, **config.get("metadata", {})}
-    hook_name = metadata.get("hook_name") or metadata.get("hook_point")
+    # Where a release names a module of transformers, that is more exact than TransformerLens's nearest name.
+    hook_name = metadata.get("hf_hook_name") or metadata.get("hook_name") or metadata.get("hook_point")
+    hook_name_out = metadata.get("hf_hook_name_out") or metadata.get("hook_name_out")
     if not hook_name:
         raise UserError(f"SAE {source.sae_id!r} does not say where it reads: its config has no hook_name")
     if metadata.get("hook_head_index") is not None:
@@ -102,7 +104,7 @@ def read_card(source: SaeSource) -> SaeCard:
         d_in=int(config["d_in"]),
         d_sae=int(config["d_sae"]),
         hook_name=str(hook_name),
-        hook_name_out=metadata.get("hook_name_out") if "transcoder" in architecture else str(hook_name),
+        hook_name_out=hook_name_out if "transcoder" in architecture else str(hook_name),
         prepend_bos=bool(metadata.get("prepend_bos", "metadata" not in config)),  # older configs imply it
         centred=bool((metadata.get("model_from_pretrained_kwargs") or {}).get("center_writing_weights")),
     )
@@ -149,6 +151,10 @@ class Encoder:
         weight = getattr(self._sae, name, None)
         if isinstance(weight, torch.Tensor):
             setattr(self._sae, name, torch.nn.Parameter(part(weight.data).clone(), requires_grad=False))
+
+    @property
+    def device(self) -> torch.device:
+        return self._sae.W_enc.device
 
     def to(self, device: torch.device | str) -> Encoder:
         self._sae.to(device=torch.device(device))

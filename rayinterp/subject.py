@@ -10,6 +10,7 @@ of tables, corpora or Ray.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
@@ -92,6 +93,8 @@ class Subject(Protocol):
 
     features: dict[str, list[int]]
     """Requested features by SAE, ascending."""
+    dtype: str
+    """Precision that it computes in."""
 
     def check(self, token_ids: Int[torch.Tensor, "batch seq"]) -> dict[str, SubjectCheck]:
         """Looks at every SAE once."""
@@ -165,15 +168,13 @@ def load_language_model(
     return model if options.get("device_map") else model.to(device)
 
 
-def cut_config(model: str, revision: str | None, num_layers: int | None = None) -> Any:
-    """A model's config; with `num_layers`, that of its first layers, so that the others are not even loaded."""
-    config = transformers.AutoConfig.from_pretrained(model, revision=revision)
-    if num_layers is not None:
-        text = config.get_text_config()
-        whole, text.num_hidden_layers = text.num_hidden_layers, num_layers
-        for key, value in list(vars(text).items()):
-            if isinstance(value, list) and len(value) == whole:  # one entry per layer, such as layer_types
-                setattr(text, key, value[:num_layers])
+def cut_layers(config: Any, num_layers: int) -> Any:
+    """A model's config, changed to that of its first layers, so that the others are not even loaded."""
+    text = config.get_text_config()
+    whole, text.num_hidden_layers = text.num_hidden_layers, num_layers
+    for key, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == whole:  # one entry per layer, such as layer_types
+            setattr(text, key, value[:num_layers])
     return config
 
 
@@ -217,10 +218,12 @@ class LanguageModelSubject:
         """
         self.device = pick_device(device)
         self.features = features
+        self.dtype = str(pick_dtype(dtype, self.device)).removeprefix("torch.")
         self._sources = {source.name: source for source in saes}
         self._cards = {source.name: read_card(source) for source in saes}
         self._sae_dtype = sae_dtype
-        text = cut_config(model, revision).get_text_config()
+        config = transformers.AutoConfig.from_pretrained(model, revision=revision)
+        text = config.get_text_config()
         self._inputs = {name: parse_hook_point(card.hook_name, text) for name, card in self._cards.items()}
         self._targets = {
             name: parse_hook_point(card.hook_name_out, text)
@@ -236,12 +239,15 @@ class LanguageModelSubject:
             pick_dtype(dtype, self.device),
             self.device,
             quantization,
-            config=cut_config(model, revision, deepest + 1),
+            config=cut_layers(config, deepest + 1),
             **_given(attn_implementation=attn_implementation, device_map=device_map),
         )
         self._model = getattr(whole, "language_model", whole)
         self._input_device = self._model.get_input_embeddings().weight.device
-        self._spread = device_map is not None
+        self._takes_positions = "position_ids" in inspect.signature(self._model.forward).parameters
+        self._side: torch.cuda.Stream | None = None
+        if self._input_device.type == "cuda" and device_map is None:
+            self._side = torch.cuda.Stream(self._input_device)
         # TransformerLens centres writing weights for LayerNorm alone, which does not see the mean; RMSNorm would.
         self._centrable = any(isinstance(module, torch.nn.LayerNorm) for module in self._model.modules())
         self._encoders = {
@@ -276,12 +282,20 @@ class LanguageModelSubject:
         ids: Int[torch.Tensor, "batch new"],
         points: Iterable[HookPoint],
         cache: transformers.DynamicCache | None = None,
+        place: int = 0,
     ) -> dict[HookPoint, torch.Tensor]:
-        """What stands at the hook points; the pass ends when all of them are seen."""
+        """What stands at the hook points; the pass ends when all of them are seen. `place` is that of the first id."""
         wanted, captured = set(points), {}
+        # A model would infer the place from the cache, which is empty where the pass ends before the first attention.
+        positions = torch.arange(place, place + ids.shape[1], device=ids.device)[None] if place else None
         handles = [self._capture(point, captured, len(wanted)) for point in wanted]
         try:
-            self._model(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
+            self._model(
+                input_ids=ids,
+                past_key_values=cache,
+                use_cache=cache is not None,
+                **_given(position_ids=positions if self._takes_positions else None),
+            )
         except _AllCaptured:
             pass
         finally:
@@ -305,8 +319,8 @@ class LanguageModelSubject:
         )
 
     def _as_trained(self, name: str, point: HookPoint, state: torch.Tensor) -> torch.Tensor:
-        """In float32, and centred where the SAE was trained on centred weights."""
-        state = state.float()
+        """In float32 where its encoder is, and centred where the SAE was trained on centred weights."""
+        state = state.to(self._encoders[name].device, torch.float32)
         centre = self._cards[name].centred and self._centrable and point.residual
         return state - state.mean(-1, keepdim=True) if centre else state
 
@@ -326,15 +340,15 @@ class LanguageModelSubject:
 
     def stream(self, batches: Iterable[Int[torch.Tensor, "batch seq"]]) -> Iterator[dict[str, SparseActivations]]:
         """As `Subject.stream`; on one GPU a batch is encoded and copied while the next one runs through the model."""
-        if self._input_device.type != "cuda" or self._spread:
+        side = self._side
+        if side is None:
             for batch in batches:
                 yield self._encode(self.hidden_states(batch))
             return
-        side = torch.cuda.Stream(self._input_device)
         waiting: tuple[dict[str, torch.Tensor], torch.cuda.Event] | None = None
         for batch in batches:
             states, ready = self.hidden_states(batch), torch.cuda.Event()
-            ready.record()
+            ready.record(torch.cuda.current_stream(self._input_device))
             if waiting is not None:
                 yield self._encode_on(side, *waiting)
             waiting = states, ready
@@ -388,7 +402,7 @@ class LanguageModelSubject:
             sums = {name: prefix[:, token] for name, prefix in before.items()}
             if after.shape[1]:
                 prefix = [(k[:, :, :place], v[:, :, :place]) for k, v in keys_values] if place else []  # type: ignore
-                states = self._run(after, self._inputs.values(), transformers.DynamicCache(prefix))
+                states = self._run(after, self._inputs.values(), transformers.DynamicCache(prefix), place)
                 sums = {name: sums[name] + acts.sum(1) for name, acts in self._encode_dense(states).items()}
             for name, total in sums.items():
                 falls[name][:, token] -= total / (num_tokens - 1)

@@ -17,6 +17,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -28,6 +29,8 @@ import ray.data
 
 COMMITS_BETWEEN_COMPACTIONS = 100
 """A committer compacts a table after so many commits."""
+KEPT_FOR_WRITERS = timedelta(minutes=10)
+"""Versions younger than this stay while workers write: one of them may be about to read it."""
 COMMIT_SECONDS = 2.0
 """Fragments are committed in groups this far apart: a commit per shard makes a manifest per shard."""
 
@@ -324,6 +327,11 @@ class Tables:
                 return None
             raise
 
+    def version(self, table: str) -> int | None:
+        """Number of the newest version; None where there is no table yet."""
+        dataset = self.open(table)
+        return None if dataset is None else dataset.version
+
     def exists(self, table: str) -> bool:
         return self.open(table) is not None
 
@@ -367,10 +375,10 @@ class Tables:
         else:
             dataset.merge_insert(KEYS[table]).when_not_matched_insert_all().execute(data)
 
-    def create(self, table: str, rows: pa.Table | pa.RecordBatchReader | list[dict[str, Any]]) -> None:
+    def create(self, table: str, rows: pa.Table | list[dict[str, Any]] | Iterator[pa.RecordBatch]) -> None:
         """Writes a whole table in one commit, in place of what is there: for a stage that finishes at once."""
-        data = rows if isinstance(rows, pa.RecordBatchReader) else to_arrow(table, rows)
-        lance.write_dataset(data, self.uri(table), mode="overwrite", storage_options=self.storage_options)
+        with _readable(table, rows) as data:
+            lance.write_dataset(data, self.uri(table), mode="overwrite", storage_options=self.storage_options)
 
     def drop(self, table: str) -> None:
         """Removes a table, if there is one."""
@@ -396,11 +404,12 @@ class Tables:
                 if not self.exists(table):  # or another worker was quicker
                     raise
 
-    def write_fragments(self, table: str, rows: pa.Table | pa.RecordBatchReader) -> list[str]:
+    def write_fragments(self, table: str, rows: pa.Table | Iterator[pa.RecordBatch]) -> list[str]:
         """Writes data files that no reader sees yet; returns their metadata as JSON for `commit`."""
-        fragments = lance.fragment.write_fragments(
-            rows, self.uri(table), schema=rows.schema, mode="append", storage_options=self.storage_options
-        )
+        with _readable(table, rows) as data:
+            fragments = lance.fragment.write_fragments(
+                data, self.uri(table), schema=data.schema, mode="append", storage_options=self.storage_options
+            )
         return [json.dumps(fragment.to_json()) for fragment in fragments]
 
     def commit(self, table: str, fragments: Iterable[str]) -> None:
@@ -421,24 +430,24 @@ class Tables:
         column, where = _UNIT[table]
         return self.distinct(table, column, where)
 
-    def stream_commit(self, table: str, results: ray.data.Dataset) -> Iterator[dict[str, Any]]:
+    def stream_commit(self, table: str, results: ray.data.Dataset, compact: bool = True) -> Iterator[dict[str, Any]]:
         """Runs a Ray Dataset whose rows carry `unit` and `fragments` (JSON strings) and commits them in groups.
 
         Yields each row once its fragments are visible, so a caller that counts them counts what a crash cannot undo.
+        Without `compact`, every fragment keeps to one unit.
         """
         committer: Any = (
             ray.remote(FragmentCommitter)
             .options(num_cpus=0, max_restarts=-1, max_task_retries=-1)  # pyright: ignore[reportCallIssue]
-            .remote(self, table)
+            .remote(self, table, compact)
         )
         waiting: dict[int, dict[str, Any]] = {}
         for row in results.iter_rows():
             waiting[int(row["unit"])] = row
             for unit in ray.get(committer.add.remote(int(row["unit"]), list(row["fragments"]))):
                 yield waiting.pop(unit)
-        for unit, row in waiting.items():  # again, in case the actor was lost with them: what is committed stays so
-            committer.add.remote(unit, list(row["fragments"]))
-        ray.get(committer.flush.remote())
+        # Handed over again, in case the actor was lost with what it held: a unit is committed once.
+        ray.get(committer.flush.remote({unit: list(row["fragments"]) for unit, row in waiting.items()}))
         yield from waiting.values()
         ray.kill(committer)
 
@@ -456,19 +465,45 @@ class Tables:
         dataset.cleanup_old_versions(older_than=timedelta(0), delete_unverified=True)
 
     def is_finished(self, table: str) -> bool:
-        """Whether `finish` came to its end on the table as it is, index and all; for tables that have an index."""
+        """Whether `finish` came to its end on the table as it is: indexed, and old versions dropped."""
         dataset = self.open(table)
         if dataset is None:
             return False
         indexed = {field for index in dataset.describe_indices() for field in index.field_names}
-        return indexed >= set(_BTREE_COLUMNS[table])
+        return indexed >= set(_BTREE_COLUMNS[table]) and len(dataset.versions()) == 1
 
     def compact(self, table: str) -> None:
         """Merges small files and drops old versions, while workers go on writing files for later commits."""
         dataset = self.open(table)
         if dataset is not None:
             dataset.optimize.compact_files()
-            dataset.cleanup_old_versions(older_than=timedelta(0))
+            dataset.cleanup_old_versions(older_than=KEPT_FOR_WRITERS)
+
+
+@contextmanager
+def _readable(
+    table: str, rows: pa.Table | list[dict[str, Any]] | Iterator[pa.RecordBatch]
+) -> Iterator[pa.Table | pa.RecordBatchReader]:
+    """Rows as Lance takes them. What goes wrong while batches are made is raised as it was: on its way through Arrow
+    it would become an OSError."""
+    if isinstance(rows, pa.Table | list):
+        yield to_arrow(table, rows)
+        return
+    failed: list[Exception] = []
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        try:
+            yield from rows
+        except Exception as error:
+            failed.append(error)
+            raise
+
+    try:
+        yield pa.RecordBatchReader.from_batches(SCHEMAS[table], batches())
+    except OSError:
+        if failed:
+            raise failed[0] from None
+        raise
 
 
 def to_arrow(table: str, rows: pa.Table | list[dict[str, Any]]) -> pa.Table:
@@ -509,9 +544,11 @@ class FragmentCommitter:
     other closely are one: a commit per shard would make a manifest per shard.
     """
 
-    def __init__(self, tables: Tables, table: str) -> None:
-        self._tables, self._table = tables, table
-        self._done = tables.finished_units(table)
+    def __init__(self, tables: Tables, table: str, compact: bool = True) -> None:
+        self._tables, self._table, self._compact = tables, table, compact
+        self._done: set[int] = set()
+        self._version: int | None = None
+        self._see_what_is_done()
         self._waiting: dict[int, list[str]] = {}
         self._num_commits = 0
         self._last_commit = time.monotonic()
@@ -523,17 +560,28 @@ class FragmentCommitter:
         self._waiting[unit] = fragments
         return self.flush() if time.monotonic() - self._last_commit > COMMIT_SECONDS else []
 
-    def flush(self) -> list[int]:
-        """Commits what is waiting."""
+    def flush(self, more: dict[int, list[str]] | None = None) -> list[int]:
+        """Commits what is waiting, and `more`; returns the units that are visible now and were asked for."""
+        self._waiting.update(more or {})
+        self._see_what_is_done()
         units = list(self._waiting)
-        self._tables.commit(self._table, [f for fragments in self._waiting.values() for f in fragments])
+        new = [fragments for unit, fragments in self._waiting.items() if unit not in self._done]
+        self._tables.commit(self._table, [fragment for fragments in new for fragment in fragments])
         self._done.update(units)
         self._waiting.clear()
         self._num_commits += 1
-        if self._num_commits % COMMITS_BETWEEN_COMPACTIONS == 0:
+        if self._compact and self._num_commits % COMMITS_BETWEEN_COMPACTIONS == 0:
             self._tables.compact(self._table)
+        self._version = self._tables.version(self._table)
         self._last_commit = time.monotonic()
         return units
+
+    def _see_what_is_done(self) -> None:
+        """Reads the finished units, if somebody else has written: the committer of a driver that was killed, say."""
+        version = self._tables.version(self._table)
+        if version != self._version:
+            self._done |= self._tables.finished_units(self._table)
+            self._version = version
 
 
 class Committer:

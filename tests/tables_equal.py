@@ -33,7 +33,7 @@ def _by_key(table: pa.Table, name: str) -> dict[tuple, dict[str, Any]]:
 def _same(a: Any, b: Any, tolerance: float) -> bool:
     if a is None or b is None or isinstance(a, str | bool | int):
         return a == b
-    if isinstance(a, list) and a and isinstance(a[0], str):
+    if isinstance(a, list) and a and isinstance(a[0], str | int):
         return a == b
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     return a.shape == b.shape and bool(np.allclose(a, b, atol=tolerance, rtol=tolerance, equal_nan=True))

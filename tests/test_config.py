@@ -24,6 +24,12 @@ def test_every_shipped_config_loads_and_survives_a_round_trip(path):
         ("explainers.right.llm=nope", ["explainers.right.llm", "'nope'", "knows"]),
         ("explainers.right.method=tre", ["explainers.right", "lexical", "one_shot", "tree"]),
         ("corpus.splits=[0.5,0.5,0.5]", ["splits", "add up to 1"]),
+        ("subject.saes.layers=[]", ["subject.saes", "layers is empty"]),
+        ("subject.saes.layers=[0, 1]", ["subject.saes", "'planted' for several layers", "{layer}"]),
+        (
+            "resources.harvest={num_actors: 3, max_actors: 2}",
+            ["resources.harvest", "max_actors is 2", "num_actors (3)"],
+        ),
         ("subject.features=many", ["subject.features", "many"]),
         ("nonsense", ["key.path=value"]),
         ("name.x=1", ["'name' is not a section"]),

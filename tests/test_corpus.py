@@ -10,6 +10,7 @@ from rayinterp.corpus import cut_file, digest, first_of_each, number_shards, quo
 from rayinterp.documents import Dropped
 from rayinterp.errors import UserError
 from rayinterp.planted import PlantedTokenizer
+from rayinterp.run import open_run, run_stage
 from rayinterp.tables import SCHEMAS, Tables
 from tests.conftest import planted_config
 from tests.tables_equal import assert_tables_equal
@@ -193,9 +194,49 @@ def test_a_corpus_that_was_cut_in_half_goes_on_with_the_files_that_are_left(tmp_
     assert_tables_equal(whole, halved, ["sequences", "corpus_files"])
 
 
-def test_a_corpus_without_a_sequence_is_refused_and_says_why(tmp_path, ray_session):
+def test_a_corpus_without_a_sequence_is_refused_and_the_way_out_works(tmp_path, ray_session):
     (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "a.jsonl").write_text(json.dumps({"text": "the ship"}))
-    config = planted_config(tmp_path / "run", f"corpus={{dataset: {tmp_path / 'in'}, sequence_length: 8}}")
+    (tmp_path / "in" / "a.jsonl").write_text(json.dumps({"text": "the ship near the harbor near a door ."}))
+    tables = Tables(str(tmp_path / "run"))
+
+    def config(length):
+        return planted_config(tmp_path / "run", f"corpus={{dataset: {tmp_path / 'in'}, sequence_length: {length}}}")
+
     with pytest.raises(UserError, match=r"document_too_short.*corpus\.sequence_length"):
-        run_corpus(config, Tables(str(tmp_path / "run")))
+        run_stage(open_run(config(16), ("corpus",)), "corpus")
+    run_stage(open_run(config(8), ("corpus",)), "corpus")
+    assert tables.count("sequences") == 1
+
+
+def test_a_half_cut_corpus_is_not_gone_on_with_by_another_config_or_from_other_files(tmp_path, ray_session):
+    write_files(tmp_path / "in", damage=False)
+    corpus = f"{{dataset: {tmp_path / 'in'}, num_sequences: 60, sequence_length: 8}}"
+    config = planted_config(tmp_path / "run", f"corpus={corpus}")
+    run = open_run(config, ("corpus",))
+    run_stage(run, "corpus")
+    run.tables.drop("sequences")  # as if it had been killed before the last step
+    with pytest.raises(UserError, match=r"seed: 0 -> 1"):
+        open_run(planted_config(tmp_path / "run", f"corpus={corpus}", "seed=1"), ("corpus",))
+    (tmp_path / "in" / "0.jsonl").rename(tmp_path / "in" / "9.jsonl")
+    with pytest.raises(UserError, match=r"input file 0 was .*0\.jsonl and is .*1\.jsonl"):
+        run_stage(open_run(config, ("corpus",)), "corpus")
+
+
+def test_several_files_give_the_same_corpus_by_one_worker_and_by_two(tmp_path, ray_session):
+    write_files(tmp_path / "in", damage=False)
+    (tmp_path / "in" / "3.jsonl").write_text((tmp_path / "in" / "0.jsonl").read_text() * 3)
+    corpus = f"{{dataset: {tmp_path / 'in'}, num_sequences: 90, sequence_length: 8, shard_size: 4}}"
+    one, two = Tables(str(tmp_path / "one")), Tables(str(tmp_path / "two"))
+    run_corpus(planted_config(tmp_path / "one", f"corpus={corpus}"), one)
+    resources = "resources.corpus={num_actors: 2, num_cpus: 0.5}"
+    run_corpus(planted_config(tmp_path / "two", f"corpus={corpus}", resources), two)
+    assert_tables_equal(one, two, ["sequences", "corpus_files"])
+
+
+def test_a_document_that_is_no_unicode_is_counted(tmp_path):
+    path = tmp_path / "in.jsonl"
+    path.write_text('{"text": "abcdefgh\\ud83d"}\n{"text": "abcdefgh", "meta": {"pile_set_name": "\\ud83d"}}\n')
+    dropped = Dropped()
+    (row,) = cut_file(0, str(path), 9, Characters(), config(), 0, dropped)
+    assert dropped.counts["document_not_unicode"] == 1
+    assert row["subset"] == "?"

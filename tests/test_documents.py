@@ -1,5 +1,6 @@
 import gzip
 import json
+import random
 
 import fsspec
 import pyarrow as pa
@@ -92,6 +93,54 @@ def test_damaged_lines_are_counted_with_file_and_number(tmp_path):
     found, dropped = read(path)
     assert found == ["one", "two"]
     assert dropped.named == [f"corrupt_line: {path}:{number}" for number in (2, 3, 4)]
+
+
+def test_text_that_no_encoding_can_write_is_damage_of_its_place_alone(tmp_path):
+    path = tmp_path / "a.parquet"
+    as_text = pa.table({"text": pa.array(["one", "xy", "two"])})
+    pq.write_table(as_text, path, row_group_size=1, compression="none", use_dictionary=False, write_statistics=False)
+    raw = path.read_bytes()
+    path.write_bytes(raw.replace(b"xy", b"\xff\xfe"))
+    found, dropped = read(path)
+    assert found == ["one", "two"]
+    assert dropped.counts == {"corrupt_row_group": 1}
+
+
+def test_json_nested_a_thousand_deep_is_a_corrupt_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": ' + b"[" * 200_000 + b"\n" + lines("one"))
+    found, dropped = read(path)
+    assert (found, dropped.counts) == (["one"], {"corrupt_line": 1})
+
+
+def test_what_comes_before_junk_at_the_end_is_kept(tmp_path):
+    texts = [f"{i:06d}" for i in range(20_000)]
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(lines(*texts)) + b"junk")
+    found, dropped = read(path)
+    assert found == texts
+    assert dropped.counts["corrupt_file"] == 1
+
+
+def test_a_flipped_byte_loses_little_of_what_comes_before(tmp_path):
+    rng = random.Random(0)
+    texts = [f"{rng.random()}" for _ in range(100_000)]
+    path = tmp_path / "a.jsonl.zst"
+    raw = bytearray(zstandard.ZstdCompressor(write_checksum=True).compress(lines(*texts)))
+    place = len(raw) * 3 // 4
+    raw[place : place + 8] = bytes(8)
+    path.write_bytes(raw)
+    found, dropped = read(path)
+    assert len(found) > len(texts) // 4
+    assert dropped.counts["corrupt_file"] == 1
+
+
+def test_folders_that_are_called_like_files_and_names_with_brackets(tmp_path):
+    folder = tmp_path / "data[1]" / "part.parquet"
+    folder.mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist([document("one")]), folder / "0.parquet")
+    (file,) = list_files(config(dataset=str(tmp_path / "data[1]")))
+    assert read(file)[0] == ["one"]
 
 
 def test_a_file_that_is_not_there_is_an_error_and_not_damage(tmp_path):

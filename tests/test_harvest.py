@@ -2,12 +2,20 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from rayinterp.errors import UserError
-from rayinterp.harvest import check_reconstruction, choose_features
+from rayinterp.harvest import (
+    batch_size,
+    check_finite,
+    check_reconstruction,
+    check_same_dtype,
+    choose_features,
+    count_outliers,
+)
 from rayinterp.planted import FEATURES, VOCABULARY, fires
 from rayinterp.postings import ACCURACY, MARKER, QUANTILES
-from rayinterp.subject import SubjectCheck
+from rayinterp.subject import SubjectCheck, sparsify
 from tests.conftest import planted_config
 
 
@@ -40,6 +48,32 @@ def test_a_bad_reconstruction_stops_the_harvest_and_names_likely_causes():
     for share in (0.9, float("nan")):
         with pytest.raises(UserError, match="wrong hook point"):
             check_reconstruction({"a": SubjectCheck(share, 1.0)}, 0.5)
+
+
+def test_outlier_tokens_are_counted_and_the_most_frequent_named():
+    token_ids = torch.tensor([[5, 6, 7], [5, 5, 8]])
+    norms = np.array([[99.0, 1.0, 10.0], [50.0, 9.9, 1.0]])
+    sparse = sparsify(torch.zeros(2, 3, 1), torch.from_numpy(norms))
+    found = count_outliers(sparse, token_ids, limit=10.0)
+    assert found == {"num_outlier_tokens": 3, "outliers": {5: 2, 7: 1}}
+
+
+def test_activations_that_are_no_numbers_are_refused_by_name():
+    sparse = sparsify(torch.tensor([[[1.0, float("inf")]]]), torch.ones(1, 1))
+    with pytest.raises(UserError, match=r"SAE a .*shard 4.*subject\.dtype"):
+        check_finite({"a": sparse}, shard=4)
+    check_finite({"a": sparsify(torch.ones(1, 1, 1), torch.ones(1, 1))}, shard=4)
+
+
+def test_a_harvest_is_not_gone_on_with_in_another_precision(planted_run):
+    check_same_dtype(planted_run.tables, "float32")
+    with pytest.raises(UserError, match=r"begun in float32.*give bfloat16"):
+        check_same_dtype(planted_run.tables, "bfloat16")
+
+
+def test_batches_are_as_many_sequences_as_the_token_budget_holds():
+    assert batch_size(torch.zeros(9, 32), 100) == 3
+    assert batch_size(torch.zeros(9, 512), 100) == 1
 
 
 def test_harvested_activations_are_the_planted_ones(planted_run):

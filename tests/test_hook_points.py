@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from rayinterp.errors import UserError
-from rayinterp.hook_points import NAMES, HookPoint, parse_hook_point
+from rayinterp.hook_points import NAMES, HookPoint, check_module, parse_hook_point
 from rayinterp.subject import LanguageModelSubject
 
 NUM_LAYERS, LAYER = 3, 1
@@ -154,6 +154,8 @@ LLAMA = FAMILIES["llama"]
         ("blocks.1.attn.hook_z", LLAMA, HookPoint(1, "layers.1.self_attn.o_proj", "input", False)),
         ("model.layers.2", LLAMA, HookPoint(2, "layers.2", "output", True)),
         ("transformer.h.0", FAMILIES["gpt2"], HookPoint(0, "h.0", "output", True)),
+        ("model.layers.1.self_attn.o_proj.input", LLAMA, HookPoint(1, "layers.1.self_attn.o_proj", "input", False)),
+        ("model.layers.1.output", LLAMA, HookPoint(1, "layers.1", "output", True)),
         ("model.language_model.layers.1.mlp", LLAMA, HookPoint(1, "layers.1.mlp", "output", False)),
     ],
 )  # fmt: skip
@@ -169,6 +171,15 @@ def test_an_unmapped_name_is_refused_with_those_that_work():
     assert "blocks.N.hook_resid_mid" not in str(error.value)
     with pytest.raises(UserError, match="layers 0 to 2"):
         parse_hook_point("blocks.3.hook_resid_post", LLAMA)
+
+
+def test_a_module_that_the_model_does_not_have_is_refused_with_those_that_it_has():
+    model = random_model("llama").model
+    check_module(model, parse_hook_point("model.layers.1.mlp", LLAMA), "model.layers.1.mlp")
+    with pytest.raises(UserError, match=r"model\.layers\.1\.mpl.*its layer 1 has self_attn.*mlp"):
+        check_module(model, parse_hook_point("model.layers.1.mpl", LLAMA), "model.layers.1.mpl")
+    with pytest.raises(UserError, match=r"it has embed_tokens, layers"):
+        check_module(model, parse_hook_point("transformer.h.1", LLAMA), "transformer.h.1")
 
 
 def test_a_family_that_is_not_known_still_has_its_residual_stream_and_its_own_names():

@@ -39,15 +39,32 @@ def test_an_unknown_model(tmp_path):
 
 
 def test_an_unknown_sae(tmp_path):
-    refused(demo(tmp_path, "subject.saes.sae_id=./no/folder"), "subject.saes.sae_id", "no/folder", "cfg.json")
+    refused(
+        demo(tmp_path, "subject.saes.sae_id=./no/folder", "subject.saes.layers=[5]"),
+        "subject.saes.sae_id",
+        "no/folder",
+        "cfg.json",
+    )
     refused(demo(tmp_path, "subject.saes.layers=[7]"), "layer_7")
     refused(
-        demo(tmp_path, "subject.saes.release=gemma-scope-9b-pt-res-canonica", "subject.saes.sae_id=x"),
+        demo(
+            tmp_path,
+            "subject.saes.release=gemma-scope-9b-pt-res-canonica",
+            "subject.saes.sae_id=x",
+            "subject.saes.layers=[5]",
+        ),
         "subject.saes.release",
         "gemma-scope-9b-pt-res-canonical",
     )
     refused(
-        demo(tmp_path, "subject.saes.release=llama_scope_lxr_8x", "subject.saes.sae_id=l99r_8x"), "l99r_8x", "l9r_8x"
+        demo(
+            tmp_path,
+            "subject.saes.release=llama_scope_lxr_8x",
+            "subject.saes.sae_id=l99r_8x",
+            "subject.saes.layers=[5]",
+        ),
+        "l99r_8x",
+        "l9r_8x",
     )
 
 
@@ -60,7 +77,7 @@ def test_an_sae_of_another_model(tmp_path):
     folder = tmp_path / "sae"
     folder.mkdir()
     (folder / "cfg.json").write_text(json.dumps({"d_in": 768, "d_sae": 100, "hook_name": "blocks.5.hook_resid_post"}))
-    refused(demo(tmp_path, f"subject.saes.sae_id={folder}"), "768", "576")
+    refused(demo(tmp_path, f"subject.saes.sae_id={folder}", "subject.saes.layers=[5]"), "768", "576")
 
 
 def test_an_sae_that_reads_what_cannot_be_read(tmp_path):
@@ -71,7 +88,7 @@ def test_an_sae_that_reads_what_cannot_be_read(tmp_path):
         ("blocks.30.hook_resid_pre", "layers 0 to 29"),
     ):
         (folder / "cfg.json").write_text(json.dumps({"d_in": 576, "d_sae": 100, "hook_name": name}))
-        refused(demo(tmp_path, f"subject.saes.sae_id={folder}"), name, words)
+        refused(demo(tmp_path, f"subject.saes.sae_id={folder}", "subject.saes.layers=[5]"), name, words)
 
 
 def test_saes_that_disagree_about_bos(tmp_path):

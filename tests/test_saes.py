@@ -23,6 +23,7 @@ from sae_lens import (
     TranscoderConfig,
 )
 from sae_lens.saes.sae import SAEMetadata
+from sae_lens.saes.transcoder import JumpReLUSkipTranscoder, JumpReLUSkipTranscoderConfig
 
 from rayinterp.errors import UserError
 from rayinterp.saes import Encoder, SaeSource, load_sae, read_card, variance_unexplained
@@ -42,6 +43,9 @@ BUILT_FROM = {
     "topk, rescaled by the decoder's norms": (TopKSAE, TopKSAEConfig, {"k": 5, "rescale_acts_by_decoder_norm": True}),
     "transcoder": (Transcoder, TranscoderConfig, {"d_out": D_OUT, "apply_b_dec_to_input": False}),
     "skip_transcoder": (SkipTranscoder, SkipTranscoderConfig, {"d_out": D_OUT, "apply_b_dec_to_input": False}),
+    "jumprelu_skip_transcoder": (
+        JumpReLUSkipTranscoder, JumpReLUSkipTranscoderConfig, {"d_out": D_OUT, "apply_b_dec_to_input": False}
+    ),
     "jumprelu_transcoder": (
         JumpReLUTranscoder, JumpReLUTranscoderConfig, {"d_out": D_OUT, "apply_b_dec_to_input": False}
     ),
@@ -149,6 +153,31 @@ def test_what_cannot_be_harvested_is_refused_from_the_card(tmp_path, change, mes
     (tmp_path / "cfg.json").write_text(f'{{"d_in": 4, "d_sae": 8{name}, {change}}}')
     with pytest.raises(UserError, match=message):
         read_card(SaeSource("a", None, str(tmp_path)))
+
+
+def test_a_card_of_a_release_prefers_the_module_that_transformers_names(monkeypatch):
+    loaded = {
+        "architecture": "jumprelu_transcoder", "d_in": 4, "d_sae": 8, "hook_name": "blocks.3.hook_mlp_in",
+        "hook_name_out": "blocks.3.hook_mlp_out", "hf_hook_name": "model.layers.3.pre_feedforward_layernorm.output",
+        "hf_hook_name_out": "model.layers.3.post_feedforward_layernorm.output", "prepend_bos": True,
+    }  # fmt: skip
+    asked = []
+    monkeypatch.setattr(
+        "sae_lens.loading.pretrained_sae_loaders.load_sae_config_from_huggingface",
+        lambda release, sae_id: asked.append((release, sae_id)) or loaded,
+    )
+    card = read_card(SaeSource("a", "some-release", "layer_3"))
+    assert asked == [("some-release", "layer_3")]
+    assert (card.hook_name, card.hook_name_out) == (loaded["hf_hook_name"], loaded["hf_hook_name_out"])
+    assert card.prepend_bos
+
+
+def test_a_release_is_loaded_by_its_name(monkeypatch, tmp_path):
+    sae = load_sae(save_random("standard", tmp_path / "sae"))
+    asked = []
+    monkeypatch.setattr("sae_lens.SAE.from_pretrained", lambda *names, **options: asked.append((names, options)) or sae)
+    assert load_sae(SaeSource("a", "some-release", "layer_3"), dtype="bfloat16") is sae
+    assert asked == [(("some-release", "layer_3"), {"device": "cpu", "dtype": "bfloat16"})]
 
 
 def test_loading_an_sae_of_a_centred_model_warns_of_nothing(tmp_path):

@@ -8,6 +8,7 @@ from sae_lens.saes.sae import SAEMetadata
 from tokenizers import Tokenizer, models
 from transformers import (
     AutoModel,
+    Gemma2Config,
     GPT2Config,
     LlamaConfig,
     PreTrainedTokenizerFast,
@@ -21,7 +22,7 @@ D_MODEL, D_SAE, LAYERS = 16, 24, 4
 IDS = torch.arange(24).reshape(3, 8) + 1
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2"])
+@pytest.fixture(scope="module", params=["llama", "gpt2", "gemma2"])
 def model(request, tmp_path_factory):
     """A small model with random weights and a tokenizer that has a BOS, as a folder."""
     torch.manual_seed(0)
@@ -30,6 +31,11 @@ def model(request, tmp_path_factory):
         config = LlamaConfig(
             vocab_size=32, hidden_size=D_MODEL, intermediate_size=32, num_hidden_layers=LAYERS, num_attention_heads=2,
             num_key_value_heads=1,
+        )  # fmt: skip
+    elif request.param == "gemma2":
+        config = Gemma2Config(
+            vocab_size=32, hidden_size=D_MODEL, intermediate_size=32, num_hidden_layers=LAYERS, num_attention_heads=2,
+            num_key_value_heads=1, head_dim=8, query_pre_attn_scalar=8, sliding_window=4,
         )  # fmt: skip
     else:
         config = GPT2Config(vocab_size=32, n_embd=D_MODEL, n_layer=LAYERS, n_head=2)
@@ -141,9 +147,17 @@ MAX_HOLISTIC_DIFFERENCE = 2e-6
 
 
 @pytest.mark.parametrize("prepend_bos", [True, False])
-@pytest.mark.parametrize("hook", ["blocks.1.hook_resid_post", "blocks.2.hook_resid_pre", "blocks.2.hook_attn_out"])
-def test_holistic_activations_are_those_of_one_full_pass_per_dropped_token(model, make_sae, prepend_bos, hook):
-    sources = [make_sae("a", "blocks.0.hook_resid_post")[0], make_sae("b", hook)[0]]
+@pytest.mark.parametrize(
+    "hooks",
+    [
+        ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post"),
+        ("blocks.0.hook_resid_post", "blocks.2.hook_resid_pre"),
+        ("blocks.1.hook_resid_post", "blocks.2.hook_attn_out"),
+        ("blocks.0.hook_resid_pre", "blocks.0.ln1.hook_normalized"),  # the pass ends before any attention
+    ],
+)
+def test_holistic_activations_are_those_of_one_full_pass_per_dropped_token(model, make_sae, prepend_bos, hooks):
+    sources = [make_sae(name, hook)[0] for name, hook in zip("ab", hooks, strict=True)]
     subject = LanguageModelSubject(model, sources, {"a": [5], "b": list(range(D_SAE))}, prepend_bos=prepend_bos)
     found, full = subject.holistic(IDS), subject.activations(IDS)
     for token in range(IDS.shape[1]):
@@ -174,13 +188,21 @@ def test_compiled_layers_give_the_same(model, make_sae, monkeypatch):
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_attention_kernels_and_device_maps_are_passed_on(model, make_sae, attention):
+def test_attention_kernels_and_device_maps_are_passed_on(model, make_sae, attention, monkeypatch):
     source, _ = make_sae("a", "blocks.1.hook_resid_post")
     plain = LanguageModelSubject(model, [source], {"a": [3, 7]})
+    if "gemma2" in model and attention == "sdpa":
+        pytest.skip("Gemma 2 caps attention scores, which SDPA cannot")
+    loaded, load = [], AutoModel.from_pretrained
+    monkeypatch.setattr(
+        AutoModel, "from_pretrained", lambda *a, **options: loaded.append(options) or load(*a, **options)
+    )
     other = LanguageModelSubject(
         model, [source], {"a": [3, 7]}, attn_implementation=attention, device_map="cpu", sae_dtype="bfloat16"
     )
     assert other._model.config._attn_implementation == attention
+    assert loaded[0]["device_map"] == "cpu"
+    assert other.activations(IDS)["a"].dtype == torch.bfloat16
     torch.testing.assert_close(other.activations(IDS)["a"].float(), plain.activations(IDS)["a"], atol=0.05, rtol=0.05)
 
 
@@ -203,11 +225,18 @@ def test_a_quantised_model_reads_much_the_same(model, make_sae):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_the_overlapped_stream_gives_what_the_plain_one_gives(model, make_sae):
+def test_the_overlapped_stream_gives_what_the_plain_one_gives(model, make_sae, monkeypatch):
     source, _ = make_sae("a", "blocks.1.hook_resid_post")
     subject = LanguageModelSubject(model, [source], {"a": list(range(D_SAE))}, device="cuda", dtype="float32")
-    batches = [IDS + i % 5 for i in range(50)]
+    batches = [IDS.repeat(500, 1) + i % 5 for i in range(20)]
     plain = [subject._encode(subject.hidden_states(batch))["a"] for batch in batches]
+    forward = subject._model.forward
+
+    def slowly(**inputs):
+        torch.cuda._sleep(50_000_000)  # on the model's stream: an encoder that does not wait reads too early
+        return forward(**inputs)
+
+    monkeypatch.setattr(subject._model, "forward", slowly)
     for expected, found in zip(plain, subject.stream(batches), strict=True):
         for ours, theirs in zip(found["a"], expected, strict=True):
             assert np.array_equal(ours, theirs)

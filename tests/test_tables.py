@@ -1,8 +1,12 @@
+from datetime import timedelta
+
 import numpy as np
 import pyarrow as pa
 import pytest
 
+from rayinterp.errors import UserError
 from rayinterp.tables import KEYS, SCHEMAS, Committer, FragmentCommitter, Tables, embeddings_schema, sql_in, to_arrow
+from tests.tables_equal import assert_tables_equal
 
 
 def call(n, **columns):
@@ -102,15 +106,42 @@ def test_a_unit_that_comes_twice_is_committed_once(tmp_path):
     committer.add(1, fragments(1))
     assert committer.flush() == [1]
     assert committer.add(1, fragments(1)) == [1]
+    another = FragmentCommitter(tables, "embeddings")
+    another.flush({7: fragments(7)})
+    assert committer.flush({7: fragments(7), 8: fragments(8)}) == [7, 8], "what another driver's committer wrote"
     restarted = FragmentCommitter(tables, "embeddings")
     assert restarted.add(1, fragments(1)) == [1]
     restarted.add(2, fragments(2))
     restarted.flush()
-    assert sorted(tables.read("embeddings")["shard"].to_pylist()) == [1, 2]
+    assert sorted(tables.read("embeddings")["shard"].to_pylist()) == [1, 2, 7, 8]
+
+
+def test_what_fails_while_rows_are_made_is_raised_as_it_was(tmp_path):
+    tables = Tables(str(tmp_path))
+    tables.create_empty("windows")
+
+    def batches():
+        yield pa.RecordBatch.from_pylist([{"file_number": 0}], SCHEMAS["windows"])
+        raise UserError("the reason")
+
+    with pytest.raises(UserError, match="the reason"):
+        tables.write_fragments("windows", batches())
+    with pytest.raises(UserError, match="the reason"):
+        tables.create("windows", batches())
+    assert tables.count("windows") == 0
+
+
+def test_integers_in_lists_are_compared_exactly(tmp_path):
+    tables = [Tables(str(tmp_path / name)) for name in "ab"]
+    for table, last in zip(tables, (0, 1), strict=True):
+        table.append("features", [{"feature_key": "a/1", "top_sequence_ids": [3 << 44 | last]}])
+    with pytest.raises(AssertionError, match="top_sequence_ids"):
+        assert_tables_equal(*tables, ["features"])
 
 
 def test_many_commits_are_compacted_while_workers_hold_files_that_are_not_committed(tmp_path, monkeypatch):
     monkeypatch.setattr("rayinterp.tables.COMMITS_BETWEEN_COMPACTIONS", 4)
+    monkeypatch.setattr("rayinterp.tables.KEPT_FOR_WRITERS", timedelta(0))
     tables = Tables(str(tmp_path))
     tables.create_empty("embeddings")
 
@@ -128,13 +159,15 @@ def test_many_commits_are_compacted_while_workers_hold_files_that_are_not_commit
     assert sorted(tables.read("embeddings")["shard"].to_pylist()) == [*range(13), 99]
 
 
-def test_fragments_are_streamed_in_the_order_of_their_unit(tmp_path):
+def test_fragments_are_streamed_in_the_order_of_their_unit(tmp_path, monkeypatch):
+    monkeypatch.setattr("rayinterp.tables.COMMITS_BETWEEN_COMPACTIONS", 1)
     tables = Tables(str(tmp_path))
     tables.create_empty("windows")
     assert list(tables.sorted_batches("windows", ["sequence_id"], "file_number")) == []
+    committer = FragmentCommitter(tables, "windows", compact=False)
     for number in (2, 0, 1):
         rows = [{"file_number": number, "sequence_id": 10 * number + i} for i in range(3)]
-        tables.commit("windows", tables.write_fragments("windows", to_arrow("windows", rows)))
+        committer.flush({number: tables.write_fragments("windows", to_arrow("windows", rows))})
     batches = tables.sorted_batches("windows", ["sequence_id"], "file_number")
     assert [i for batch in batches for i in batch.column(0).to_pylist()] == [0, 1, 2, 10, 11, 12, 20, 21, 22]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +38,10 @@ def planted_config(run_dir: Path, *overrides: str) -> RunConfig:
     return load_config(CONFIGS / "planted.yaml", [f"run_dir={run_dir}", *overrides])
 
 
-def run_all(config: RunConfig) -> Run:
-    """Every stage, in this process's Ray session."""
+def run_all(config: RunConfig, stages: Sequence[str] = STAGES) -> Run:
+    """Stages in order, in this process's Ray session."""
     run = open_run(config)
-    for stage in STAGES:
+    for stage in stages:
         run_stage(run, stage)
     return run
 

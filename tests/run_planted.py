@@ -1,4 +1,4 @@
-"""`python -m tests.run_planted FOLDER`: the planted run in a process and a Ray of its own, for tests that kill it.
+"""`python -m tests.run_planted FOLDER STAGE...`: the planted run in a process and a Ray of its own, to be killed.
 
 Every commit is made at once and followed by a pause, in the driver and in all workers, so that what a test sees is a
 part of a stage and not the whole.
@@ -43,4 +43,4 @@ if __name__ == "__main__":
     )
     dawdle()
     # One shard of work in flight at a time, or all of them are written before the first is committed.
-    run_all(planted_config(Path(sys.argv[1]), "resources.searches_per_actor=1"))
+    run_all(planted_config(Path(sys.argv[1]), "resources.searches_per_actor=1"), sys.argv[2:])

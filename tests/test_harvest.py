@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -6,16 +7,19 @@ import torch
 
 from rayinterp.errors import UserError
 from rayinterp.harvest import (
+    Harvester,
     batch_size,
     check_finite,
     check_reconstruction,
     check_same_dtype,
     choose_features,
     count_outliers,
+    load_subject,
 )
 from rayinterp.planted import FEATURES, VOCABULARY, fires
 from rayinterp.postings import ACCURACY, MARKER, QUANTILES
 from rayinterp.subject import SubjectCheck, sparsify
+from rayinterp.tables import Tables
 from tests.conftest import planted_config
 
 
@@ -74,6 +78,24 @@ def test_a_harvest_is_not_gone_on_with_in_another_precision(planted_run):
 def test_batches_are_as_many_sequences_as_the_token_budget_holds():
     assert batch_size(torch.zeros(9, 32), 100) == 3
     assert batch_size(torch.zeros(9, 512), 100) == 1
+
+
+def test_an_actor_loads_its_model_once_for_all_shards(planted_run, tmp_path, monkeypatch):
+    loads = []
+
+    def load(config, sources, features):
+        loads.append(1)
+        return load_subject(config, sources, features)
+
+    monkeypatch.setattr("rayinterp.harvest.load_subject", load)
+    tables = Tables(str(tmp_path))
+    shutil.copytree(planted_run.tables.uri("sequences"), tables.uri("sequences"))
+    tables.create_empty("activations")
+    harvester = Harvester(planted_run.config, tables, *planted_run.prepared)
+    results = [harvester({"shard": shard}) for shard in range(3)]
+    assert len(loads) == 1
+    assert [result["unit"] for result in results] == [0, 1, 2]
+    assert all(result["fragments"] for result in results)
 
 
 def test_harvested_activations_are_the_planted_ones(planted_run):

@@ -10,6 +10,8 @@ from rayinterp.errors import UserError
 from rayinterp.preflight import prepare
 from tests.conftest import CONFIGS, planted_config
 
+ONE_LAYER = "subject.saes.layers=[5]"
+
 
 def demo(tmp_path, *overrides: str) -> RunConfig:
     return load_config(CONFIGS / "demo.yaml", [f"run_dir={tmp_path}", *overrides])
@@ -40,7 +42,7 @@ def test_an_unknown_model(tmp_path):
 
 def test_an_unknown_sae(tmp_path):
     refused(
-        demo(tmp_path, "subject.saes.sae_id=./no/folder", "subject.saes.layers=[5]"),
+        demo(tmp_path, "subject.saes.sae_id=./no/folder", ONE_LAYER),
         "subject.saes.sae_id",
         "no/folder",
         "cfg.json",
@@ -77,7 +79,7 @@ def test_an_sae_of_another_model(tmp_path):
     folder = tmp_path / "sae"
     folder.mkdir()
     (folder / "cfg.json").write_text(json.dumps({"d_in": 768, "d_sae": 100, "hook_name": "blocks.5.hook_resid_post"}))
-    refused(demo(tmp_path, f"subject.saes.sae_id={folder}", "subject.saes.layers=[5]"), "768", "576")
+    refused(demo(tmp_path, f"subject.saes.sae_id={folder}", ONE_LAYER), "768", "576")
 
 
 def test_an_sae_that_reads_what_cannot_be_read(tmp_path):
@@ -88,7 +90,7 @@ def test_an_sae_that_reads_what_cannot_be_read(tmp_path):
         ("blocks.30.hook_resid_pre", "layers 0 to 29"),
     ):
         (folder / "cfg.json").write_text(json.dumps({"d_in": 576, "d_sae": 100, "hook_name": name}))
-        refused(demo(tmp_path, f"subject.saes.sae_id={folder}", "subject.saes.layers=[5]"), name, words)
+        refused(demo(tmp_path, f"subject.saes.sae_id={folder}", ONE_LAYER), name, words)
 
 
 def test_saes_that_disagree_about_bos(tmp_path):

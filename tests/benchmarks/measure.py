@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 class Row(NamedTuple):
     name: str
-    ours: float
+    ours: float | None
+    """None where it could not be run."""
     baseline: float | None
     ratio: float | None
     """How many times better ours is; above 1 is better."""

@@ -169,12 +169,16 @@ def show(
     config: ConfigPath,
     overrides: Overrides = None,
     feature: Annotated[str, typer.Option(help="sae/index, e.g. layer_9/47")] = ...,  # type: ignore[assignment]
+    records: Annotated[bool, typer.Option("--records", help="all of its records, by split and source")] = False,
 ) -> None:
     """Show one feature: explanations, scores, and its records shaded by activation."""
-    from rayinterp.show import show_feature
+    from rayinterp.show import show_feature, show_records
 
     run_config = load_config(config, overrides)
-    show_feature(Tables(run_config.run_dir), run_config, feature, console)
+    if records:
+        show_records(Tables(run_config.run_dir), feature, console)
+    else:
+        show_feature(Tables(run_config.run_dir), run_config, feature, console)
 
 
 @app.command()
@@ -196,9 +200,18 @@ def index(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def records(config: ConfigPath, overrides: Overrides = None) -> None:
+def records(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    why_not: Annotated[str | None, typer.Option(help="only say why this feature has no more records")] = None,
+) -> None:
     """Choose each feature's records."""
-    run_stages(config, overrides, ("records",))
+    if why_not is None:
+        run_stages(config, overrides, ("records",))
+    else:
+        from rayinterp.show import why_not as explain_counts
+
+        explain_counts(Tables(load_config(config, overrides).run_dir), why_not, console)
 
 
 @app.command()

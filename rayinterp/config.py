@@ -19,7 +19,15 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from rayinterp.errors import UserError
 
-Source = Literal["random", "random_negative", "similar", "similar_negative"]
+Source = Literal[
+    "random",
+    "random_negative",
+    "similar",
+    "similar_negative",
+    "similar_projected",
+    "similar_projected_negative",
+    "neighbour",
+]
 Dtype = Literal["auto", "float32", "bfloat16"]
 Calibration = Literal["none", "difference", "ratio"]
 

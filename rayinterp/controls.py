@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rayinterp.records import ActivationRecord, generator_for
+from rayinterp.records import ActivationRecord
+from rayinterp.sources import generator_for
 from rayinterp.subject import FeatureId
 
 if TYPE_CHECKING:

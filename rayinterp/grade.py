@@ -19,9 +19,10 @@ from rayinterp.config import RunConfig, TransformersSimulatorConfig, arm_id, ser
 from rayinterp.controls import shuffled_features, token_lookup
 from rayinterp.explanation import Explanation, from_json
 from rayinterp.progress import Progress, silent
-from rayinterp.records import ActivationRecord, generator_for, load_records
+from rayinterp.records import ActivationRecord, load_records
 from rayinterp.score import SCORERS, WIDE_BELOW, Score, false_positives_per_sequence, score_all
 from rayinterp.simulate.simulator import CONTROL_NULLS, NULL_EXPLANATIONS, RuleRequest, combine
+from rayinterp.sources import generator_for
 from rayinterp.subject import FeatureId, interleave
 from rayinterp.tables import Tables, sql_in
 

@@ -1,12 +1,13 @@
 """Index: a sentence embedding of every sequence. Writes `embeddings`.
 
-Vectors are L2-normalised, so the mean cosine to a set of them is the dot product with their mean. `nearest` searches
-exactly and in batches; below some five million vectors that is fast enough to need no approximate index.
+Vectors are L2-normalised, so the mean cosine to a set of them is the dot product with their mean. `TableVectors` hands
+them out by place; `nearest` searches them.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,11 +17,12 @@ import ray.data
 from rayinterp import embedded
 from rayinterp.config import RunConfig
 from rayinterp.harvest import torch_threads
+from rayinterp.nearest import VectorBlock
 from rayinterp.progress import Progress, silent
 from rayinterp.tables import Tables, embeddings_schema
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float
+    from jaxtyping import Float, Int
 
 
 class Embedder:
@@ -66,13 +68,33 @@ def to_matrix(embeddings: pa.Table) -> Float[np.ndarray, "n d"]:
     return vectors.flatten().to_numpy(zero_copy_only=False).astype(np.float32).reshape(len(vectors), -1)
 
 
-def nearest(
-    similarity: Float[np.ndarray, "n"], allowed: Bool[np.ndarray, "n"], sequence_ids: np.ndarray, k: int
-) -> np.ndarray:
-    """Places of the `k` most similar allowed sequences, best first; ties go to the smaller id; fewer if there are."""
-    places = np.flatnonzero(allowed)
-    order = np.lexsort((sequence_ids[places], -similarity[places]))
-    return places[order[:k]]
+class TableVectors:
+    """The vectors of a run by place, read as they are needed: `sources.Vectors`."""
+
+    BLOCK = 65_536
+    """Vectors read at a time."""
+
+    def __init__(self, tables: Tables, sequence_ids: Int[np.ndarray, "n"]) -> None:
+        """`sequence_ids` are those of the corpus, ascending: a place is an index into them."""
+        dataset = tables.open("embeddings")
+        assert dataset is not None, "no embeddings"
+        self._dataset: Any = dataset
+        self.dim: int = dataset.schema.field("vector").type.list_size
+        ids = dataset.to_table(columns=["sequence_id"])["sequence_id"].to_numpy()
+        assert np.array_equal(np.sort(ids), sequence_ids), "sequences and embeddings differ"
+        self._place_of_row = np.searchsorted(sequence_ids, ids)
+        self._row_of_place = np.argsort(self._place_of_row)
+
+    def gather(self, places: Int[np.ndarray, "k"]) -> Float[np.ndarray, "k d"]:
+        rows, back = np.unique(self._row_of_place[places], return_inverse=True)
+        return to_matrix(self._dataset.take(rows.tolist(), columns=["vector"]))[back]
+
+    def blocks(self) -> Iterator[VectorBlock]:
+        start = 0
+        for batch in self._dataset.to_batches(columns=["vector"], batch_size=self.BLOCK):
+            places = self._place_of_row[start : start + batch.num_rows]
+            start += batch.num_rows
+            yield VectorBlock(places, to_matrix(pa.Table.from_batches([batch])))
 
 
 def run_index(config: RunConfig, tables: Tables, progress: Progress = silent) -> dict[str, int]:

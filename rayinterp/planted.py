@@ -119,6 +119,11 @@ def _sentence(rng: random.Random, topic: str) -> list[str]:
     return [*noun(), rng.choice(GROUPS["verbs"]), *noun(), rng.choice(("near", "under", "with")), *noun(), "."]
 
 
+def decoder_directions(features: Sequence[int]) -> Float[np.ndarray, "k vocabulary"]:
+    """A direction per feature: how strongly it fires on each word alone. Features that share words lie close."""
+    return np.array([[fires(FEATURES[i].truth, [word])[0] for word in VOCABULARY] for i in features])
+
+
 class PlantedTokenizer:
     """One token per word: the part of a tokenizer's interface that the corpus stage uses."""
 

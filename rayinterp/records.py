@@ -1,12 +1,9 @@
 """Records: per feature, the sequences that explainers and scores see. Writes `records` and `record_counts`.
 
-    positive           the feature is active: highest maxima, spread over the quantiles, or half and half
-    random             any sequence that is not one of the positive records
-    random_negative    the feature is silent
-    similar            nearest to the train positives by sentence embedding, not one of the positive records
-    similar_negative   nearest among the silent: what falsifies an explanation that is too broad
+    blocks of features (tasks): posting lists -> sources -> rows of records -> the driver appends
 
-Every source is drawn within its split. A short source is a short count, never refilled from another.
+What each source means stands in `sources`. A block is a function of the features alone, so a run that was killed goes
+on with the blocks that are left and ends with the same rows.
 """
 
 from __future__ import annotations
@@ -17,109 +14,27 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import ray
+import torch
 
+from rayinterp import planted
 from rayinterp.config import RecordsConfig, RunConfig
 from rayinterp.corpus import Tokenizer, load_tokenizer
 from rayinterp.explanation import MAX_STRENGTH
-from rayinterp.index import nearest, to_matrix
+from rayinterp.index import TableVectors
 from rayinterp.progress import Progress, silent
+from rayinterp.saes import SaeSource, decoder_directions
 from rayinterp.simulate.simulator import TokenSequence
+from rayinterp.sources import SPLITS, Activity, Choices, Corpus, Neighbour, choose_block, nearest_directions
 from rayinterp.subject import FeatureId
 from rayinterp.tables import Tables, sql_in
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-SPLITS = ("train", "valid", "test")
-BLOCK = 32
-"""Features per Ray task: a block's posting lists are read once."""
-
-
-class Corpus(NamedTuple):
-    """The columns of the corpus that choosing records needs, in sequence_id order; shared by all tasks."""
-
-    sequence_ids: Int[np.ndarray, "n"]
-    document_ids: Int[np.ndarray, "n"]
-    splits: np.ndarray
-    shard_rows: Int[np.ndarray, "n 2"]
-    vectors: Float[np.ndarray, "n d"]
-
-
-class Activity(NamedTuple):
-    """Where one feature is active."""
-
-    places: Int[np.ndarray, "m"]
-    """Places in the corpus, ascending."""
-    maxima: Float[np.ndarray, "m"]
-    """Largest activation of each."""
-    positions: list[np.ndarray]
-    """Token positions of each."""
-    values: list[np.ndarray]
-    """Activations at those positions."""
-
-
-class Choice(NamedTuple):
-    """Sequences chosen for one (split, source), best first."""
-
-    places: Int[np.ndarray, "k"]
-    similarity: Float[np.ndarray, "n"] | None
-    """Cosine of every sequence to the query, where the source used it."""
-
-
-def choose_positives(
-    maxima: Float[np.ndarray, "m"], count: int, how: str, generator: np.random.Generator
-) -> Int[np.ndarray, "k"]:
-    """Places in `maxima` of the positives: highest first, then the stratified draw."""
-    order = np.argsort(-maxima, kind="stable")
-    num_top = {"top": count, "quantile": 0, "mix": (count + 1) // 2}[how]
-    top, rest = order[:num_top], order[num_top:]
-    num_strata = min(count - len(top), len(rest))
-    spread = [generator.choice(stratum) for stratum in np.array_split(rest, num_strata)] if num_strata > 0 else []
-    return np.concatenate([top, np.array(spread, dtype=top.dtype)])
-
-
-def similarity_to_positives(activity: Activity, corpus: Corpus, num_query: int) -> Float[np.ndarray, "n"]:
-    """Mean cosine of every sequence to the strongest train positives: the dot product with their mean vector."""
-    train = corpus.splits[activity.places] == "train"
-    order = np.argsort(-activity.maxima[train], kind="stable")[:num_query]
-    return corpus.vectors @ corpus.vectors[activity.places[train][order]].mean(0)
-
-
-def choose(
-    feature: FeatureId, activity: Activity, corpus: Corpus, config: RecordsConfig, seed: int
-) -> dict[tuple[str, str], Choice]:
-    """The records of one feature by (split, source)."""
-    chosen: dict[tuple[str, str], Choice] = {}
-    active = np.zeros(len(corpus.sequence_ids), dtype=bool)
-    active[activity.places] = True
-    similarity = similarity_to_positives(activity, corpus, config.num_query_positives)
-    for split in SPLITS:
-        quota = getattr(config, split)
-        in_split = corpus.splits == split
-        own = np.flatnonzero(in_split[activity.places])
-        generator = generator_for(seed, feature, split, "positive")
-        positives = activity.places[
-            own[choose_positives(activity.maxima[own], quota.positive, config.positive, generator)]
-        ]
-        chosen[split, "positive"] = Choice(positives, None)
-        not_chosen = in_split.copy()
-        not_chosen[positives] = False
-        for source in config.complementary:
-            allowed = in_split & ~active if source.endswith("_negative") else not_chosen
-            if source.startswith("similar"):
-                places = nearest(similarity, allowed, corpus.sequence_ids, quota.complementary)
-                chosen[split, source] = Choice(places, similarity)
-            else:
-                generator = generator_for(seed, feature, split, source)
-                pool = np.flatnonzero(allowed)
-                places = generator.permutation(pool)[: quota.complementary]
-                chosen[split, source] = Choice(places, None)
-    return chosen
-
-
-def generator_for(seed: int, feature: FeatureId, *purpose: str) -> np.random.Generator:
-    """Chance that belongs to the feature: the same on one worker or a hundred."""
-    return np.random.default_rng([seed, *"/".join((str(feature), *purpose)).encode()])
+BLOCK = 64
+"""Features per Ray task: a block's posting lists are read once, and its queries share one pass over the vectors."""
+NUM_NEIGHBOURS = 10
+"""Features tried, closest first, for the source `neighbour`."""
 
 
 def read_activity(postings: pa.Table, starts: Int[np.ndarray, "shards"], order: Int[np.ndarray, "n"]) -> Activity:
@@ -142,23 +57,20 @@ def read_activity(postings: pa.Table, starts: Int[np.ndarray, "shards"], order: 
 
 
 def load_corpus(tables: Tables) -> Corpus:
-    """Sequences joined with their vectors."""
+    """The corpus without its text."""
     sequences = tables.read("sequences", ["sequence_id", "document_id", "split", "shard", "row"]).sort_by("sequence_id")
-    embeddings = tables.read("embeddings", ["sequence_id", "vector"]).sort_by("sequence_id")
-    ids = sequences["sequence_id"].to_numpy()
-    assert np.array_equal(ids, embeddings["sequence_id"].to_numpy()), "sequences and embeddings differ"
+    codes = {split: code for code, split in enumerate(SPLITS)}
     return Corpus(
-        ids,
+        sequences["sequence_id"].to_numpy(),
         sequences["document_id"].to_numpy(),
-        np.asarray(sequences["split"].to_pylist()),
+        np.array([codes[split] for split in sequences["split"].to_pylist()], dtype=np.int8),
         np.stack([sequences["shard"].to_numpy(), sequences["row"].to_numpy()], axis=1),
-        to_matrix(embeddings),
     )
 
 
 def record_rows(
     feature: FeatureId,
-    chosen: dict[tuple[str, str], Choice],
+    chosen: Choices,
     activity: Activity,
     corpus: Corpus,
     token_ids: dict[int, list[int]],
@@ -187,15 +99,13 @@ def record_rows(
                     "token_ids": ids,
                     "tokens": [tokenizer.decode([i]) for i in ids],
                     "activations": activations,
-                    "similarity": None if choice.similarity is None else float(choice.similarity[place]),
+                    "similarity": None if choice.similarity is None else float(choice.similarity[rank]),
                 }
             )
     return rows
 
 
-def count_rows(
-    feature: FeatureId, status: str, chosen: dict[tuple[str, str], Choice], config: RecordsConfig
-) -> list[dict[str, Any]]:
+def count_rows(feature: FeatureId, status: str, chosen: Choices, config: RecordsConfig) -> list[dict[str, Any]]:
     """Rows of `record_counts`: also for a feature that gets no records."""
     rows = []
     for split in SPLITS:
@@ -255,52 +165,94 @@ def displayed(activations: Float[np.ndarray, "seq"]) -> list[int]:
     return [0 if a == 0 else int(np.clip(round(float(a)), 1, MAX_STRENGTH)) for a in activations]
 
 
-def block_records(
-    block: list[tuple[FeatureId, str]], corpus: Corpus, tables: Tables, config: RunConfig
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows of `records` and `record_counts` for a block of (feature, status)."""
-    live = [str(feature) for feature, status in block if status == "live"]
-    postings = tables.read("activations", where=sql_in("feature_key", live))
+def read_activities(tables: Tables, features: Sequence[FeatureId], corpus: Corpus) -> dict[FeatureId, Activity]:
+    """Where each of some features is active; features that never are have no entry."""
+    postings = tables.read("activations", where=sql_in("feature_key", map(str, features)))
     by_key = np.asarray(postings["feature_key"].to_pylist())
     # Postings name (shard, row); the corpus is in sequence_id order.
     order = np.lexsort((corpus.shard_rows[:, 1], corpus.shard_rows[:, 0]))
     shards = corpus.shard_rows[order, 0]
     starts = np.searchsorted(shards, np.arange(shards[-1] + 1))
-    choices: dict[FeatureId, tuple[Activity, dict[tuple[str, str], Choice]]] = {}
-    for feature, status in block:
-        if status == "live":
-            activity = read_activity(postings.filter(pa.array(by_key == str(feature))), starts, order)
-            choices[feature] = activity, choose(feature, activity, corpus, config.records, config.seed)
-    wanted = {int(i) for _, chosen in choices.values() for c in chosen.values() for i in corpus.sequence_ids[c.places]}
+    return {
+        feature: read_activity(postings.filter(pa.array(by_key == str(feature))), starts, order)
+        for feature in features
+        if (by_key == str(feature)).any()
+    }
+
+
+def block_records(
+    block: list[tuple[FeatureId, str]],
+    corpus: Corpus,
+    neighbours: dict[FeatureId, list[Neighbour]],
+    tables: Tables,
+    config: RunConfig,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows of `records` and `record_counts` for a block of (feature, status)."""
+    torch.set_num_threads(1)  # what a projection learns must not depend on the machine's cores
+    live = [feature for feature, status in block if status == "live"]
+    activities = read_activities(tables, live, corpus)
+    close = sorted({n.feature for feature in live for n in neighbours.get(feature, ())} - set(live))
+    others = {**activities, **read_activities(tables, close, corpus)} if neighbours else {}
+    vectors = TableVectors(tables, corpus.sequence_ids)
+    choices = choose_block(activities, corpus, vectors, config.records, config.seed, neighbours, others)
+    wanted = {int(i) for chosen in choices.values() for c in chosen.values() for i in corpus.sequence_ids[c.places]}
     found = tables.read("sequences", ["sequence_id", "token_ids"], sql_in("sequence_id", sorted(wanted)))
     token_ids = dict(zip(found["sequence_id"].to_pylist(), found["token_ids"].to_pylist(), strict=True))
     tokenizer = load_tokenizer(config)
     records, counts = [], []
     for feature, status in block:
-        activity, chosen = choices.get(feature, (None, {}))
-        if activity is not None:
-            records += record_rows(feature, chosen, activity, corpus, token_ids, tokenizer)
+        chosen = choices.get(feature, {})
+        if chosen:
+            records += record_rows(feature, chosen, activities[feature], corpus, token_ids, tokenizer)
         counts += count_rows(feature, status, chosen, config.records)
     return records, counts
 
 
-def run_records(config: RunConfig, tables: Tables, progress: Progress = silent) -> dict[str, int]:
-    """Chooses records for the features that are left, in Ray tasks over blocks; returns counts by status."""
-    features = tables.read("features", ["feature_key", "status"]).to_pylist()
+def decoder_neighbours(sources: list[SaeSource], features: dict[str, list[int]]) -> dict[FeatureId, list[Neighbour]]:
+    """The harvested features with the closest decoder directions, by feature."""
+    if planted.SAE in features:
+        directions = {planted.SAE: planted.decoder_directions(features[planted.SAE])}
+    else:
+        directions = {source.name: decoder_directions(source, features[source.name]) for source in sources}
+    return nearest_directions(directions, features, NUM_NEIGHBOURS)
+
+
+def run_records(
+    config: RunConfig,
+    tables: Tables,
+    sources: list[SaeSource],
+    features: dict[str, list[int]],
+    progress: Progress = silent,
+) -> dict[str, int]:
+    """Chooses records for the blocks of features that are left, in Ray tasks; returns counts by status."""
+    harvested = tables.read("features", ["feature_key", "status"]).to_pylist()
+    ids = [(FeatureId.parse(row["feature_key"]), row["status"]) for row in harvested]
     finished = tables.distinct("record_counts", "feature_key")
-    left = [(FeatureId.parse(f["feature_key"]), f["status"]) for f in features if f["feature_key"] not in finished]
+    blocks = [ids[start : start + BLOCK] for start in range(0, len(ids), BLOCK)]
+    left = [block for block in blocks if not finished.issuperset(str(feature) for feature, _ in block)]
     if left:
-        corpus = ray.put(load_corpus(tables))
+        corpus, neighbours = ray.put(load_corpus(tables)), ray.put({})
+        if "neighbour" in config.records.complementary:
+            neighbours = ray.remote(decoder_neighbours).remote(sources, features)
+        done = len(ids) - sum(map(len, left))
+        progress(done, len(ids))
         task = ray.remote(block_records)
-        waiting = [task.remote(left[i : i + BLOCK], corpus, tables, config) for i in range(0, len(left), BLOCK)]
-        progress(len(finished), len(features))
+        in_flight = max(2, int(ray.cluster_resources().get("CPU", 1)))
+        waiting = {task.remote(block, corpus, neighbours, tables, config): block for block in left[:in_flight]}
+        queue = left[in_flight:]
         while waiting:
-            (ready,), waiting = ray.wait(waiting, num_returns=1)
+            (ready,), _ = ray.wait(list(waiting), num_returns=1)
+            block = waiting.pop(ready)
             records, counts = ray.get(ready)
+            if queue:
+                waiting[task.remote(queue[0], corpus, neighbours, tables, config)] = queue.pop(0)
             # The counts go last: they mark the features as finished.
             tables.append("records", records)
             tables.append("record_counts", counts)
-            progress(tables.count("record_counts", "split = 'train' and source = 'positive'"), len(features))
+            done += len(block)
+            progress(done, len(ids))
+    if tables.exists("records") and not tables.is_finished("records"):
         tables.finish("records")
+        tables.finish("record_counts")
     statuses = tables.read("record_counts", ["status"])["status"].to_pylist()
     return {status: statuses.count(status) for status in sorted(set(statuses))}

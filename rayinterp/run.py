@@ -187,7 +187,7 @@ def start_committer(tables: Tables) -> Any:
 
 
 def records(run: Run, progress: Progress) -> dict[str, int]:
-    counts = run_records(run.config, run.tables, progress)
+    counts = run_records(run.config, run.tables, *run.prepared, progress)
     return counts | run_holistic(run.config, run.tables, *run.prepared, progress)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 
 from rayinterp.errors import UserError
@@ -124,6 +125,11 @@ def load_sae(source: SaeSource, device: str = "cpu", dtype: str = "float32") -> 
     if sae.hook_z_reshaping_mode:
         sae.turn_off_forward_pass_hook_z_reshaping()  # transformers keeps the heads side by side
     return sae.eval().requires_grad_(False)
+
+
+def decoder_directions(source: SaeSource, features: Sequence[int]) -> Float[np.ndarray, "k d_out"]:
+    """What each of some features writes: the rows of the decoder."""
+    return load_sae(source).W_dec[list(features)].numpy()
 
 
 class Encoder:

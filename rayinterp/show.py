@@ -14,9 +14,11 @@ from rich.text import Text
 from rayinterp.config import RunConfig
 from rayinterp.errors import UserError
 from rayinterp.explanation import render
+from rayinterp.records import load_records
 from rayinterp.report import fixed, interval
-from rayinterp.report_cards import NUM_LEVELS, Card, Cards, ExplanationView, RecordView, Span, read_run, visible
+from rayinterp.report_cards import NUM_LEVELS, Card, Cards, ExplanationView, RecordView, Span, read_run, spans, visible
 from rayinterp.report_data import Score, arm_labels, order_of, reason, score_book
+from rayinterp.sources import SPLITS
 from rayinterp.subject import FeatureId
 from rayinterp.tables import Tables, sql_in
 
@@ -41,10 +43,66 @@ def show_feature(tables: Tables, config: RunConfig, feature: str, console: Conso
         _draw(card, labels, console)
 
 
-def shaded(spans: tuple[Span, ...], colour: tuple[int, int, int]) -> Text:
+def show_records(tables: Tables, feature: str, console: Console, max_records: int = 10) -> None:
+    """Draws a feature's records of every split and source, best first, shaded by true activation."""
+    key = str(FeatureId.parse(feature))
+    if tables.count("features", sql_in("feature_key", [key])) == 0:
+        raise UserError(_unknown(tables, key))
+    by_split = load_records(tables, FeatureId.parse(feature), SPLITS)
+    for split, records in by_split.items():
+        for source in dict.fromkeys(record.source for record in records):
+            group = [record for record in records if record.source == source]
+            console.print(Text(f"{split}, {source.replace('_', ' ')}: {len(group)}", "bold"))
+            for record in group[:max_records]:
+                strip = shaded(spans(list(record.sequence.tokens), record.activations), _TRUE)
+                console.print(Text.assemble("  ", strip))
+    if not any(by_split.values()):
+        why_not(tables, feature, console)
+
+
+REASONS = {
+    "ok": "all that were asked for",
+    "short": "the split has no more of them",
+    "dead": "the feature is active nowhere in the corpus",
+    "too_few": "the feature is active in fewer train sequences than harvest.min_sequences",
+    "dense": "the feature is active at a larger share of tokens than harvest.max_density",
+}
+"""What a status of `record_counts` means."""
+
+
+def why_not(tables: Tables, feature: str, console: Console) -> None:
+    """Says how many records of each split and source a feature has, and why it has no more.
+
+    Raises:
+        UserError: the feature was not harvested, or records have not been chosen yet.
+    """
+    key = str(FeatureId.parse(feature))
+    where = sql_in("feature_key", [key])
+    statistics = tables.read("features", ["status", "num_sequences", "density"], where).to_pylist()
+    if not statistics:
+        raise UserError(_unknown(tables, key))
+    rows = tables.read("record_counts", where=where).to_pylist()
+    if not rows:
+        raise UserError(f"feature {key!r} has no records yet: run the stage records first")
+    (row,) = statistics
+    sequences, density = row["num_sequences"], 100 * row["density"]
+    console.print(
+        Text.assemble((key, "bold"), f"  {row['status']}: {sequences:,} sequences, {density:.3g} % of tokens")
+    )
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for title in ("split", "source", "found", "asked for", "because"):
+        table.add_column(title)
+    for count in rows:
+        because = REASONS.get(count["status"], count["status"])
+        source = count["source"].replace("_", " ")
+        table.add_row(count["split"], source, str(count["found"]), str(count["requested"]), because)
+    console.print(table)
+
+
+def shaded(tokens: tuple[Span, ...], colour: tuple[int, int, int]) -> Text:
     """Tokens on a background that grows stronger with their activation; black on colour, so it reads on any theme."""
     text = Text()
-    for span in spans:
+    for span in tokens:
         if span.level == 0:
             text.append(span.text)
         else:
@@ -98,8 +156,8 @@ def _strips(card: Card, record: RecordView, labels: dict[str, str]) -> Table:
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
     grid.add_row("  true", shaded(record.true, _TRUE))
-    for (explainer, simulator), spans in zip(card.simulated_by, record.simulated, strict=True):
-        strip = Text("– not simulated", "dim") if spans is None else shaded(spans, _SIMULATED)
+    for (explainer, simulator), simulated in zip(card.simulated_by, record.simulated, strict=True):
+        strip = Text("– not simulated", "dim") if simulated is None else shaded(simulated, _SIMULATED)
         grid.add_row(Text(f"  {labels[explainer]}, {labels[simulator]}"), strip)
     return grid
 

@@ -14,6 +14,8 @@ from rayinterp.subject import LanguageModelSubject
 from tests.conftest import CONFIGS
 from tests.small_models import D_SAE, save_corpus, save_model, save_sae
 
+SOURCES = ("random", "random_negative", "similar", "similar_negative", "similar_projected",
+    "similar_projected_negative", "neighbour")  # fmt: skip
 HOOKS = {
     "gpt2": "blocks.{layer}.hook_resid_post",
     "gemma-2-9b": "blocks.{layer}.hook_resid_post",
@@ -39,7 +41,7 @@ def small(name: str, folder: Path):
             f"corpus={{dataset: {folder / 'corpus.jsonl'}, sequence_length: 16, num_sequences: 500, shard_size: 128}}",
             "harvest={token_budget: 300, min_sequences: 5, max_density: 0.9}",
             "index={embedder: embedded/minilm-l6}",
-            "records={holistic: positive, train: {positive: 2, complementary: 2}}",
+            f"records={{holistic: positive, train: {{positive: 2, complementary: 2}}, complementary: {list(SOURCES)}}}",
             "llms={}",
             "simulators={late_interaction: {engine: late_interaction, embedder: embedded/minilm-l6}}",
             "explainers={lexical: {method: lexical, simulator: late_interaction}}",
@@ -77,6 +79,22 @@ def check_harvest(run):
     assert len(statuses) == 40 and statuses.count("live") > 5
 
 
+def check_sources(run):
+    """Every source has records, each in its split; silent ones are silent; no document is in two splits."""
+    rows = run.tables.read("records").to_pylist()
+    splits_of_document = {}
+    for row in rows:
+        assert splits_of_document.setdefault(row["document_id"], row["split"]) == row["split"]
+        if row["source"].endswith("_negative") or row["source"] == "neighbour":
+            assert not any(row["activations"])
+        elif row["source"] == "positive":
+            assert max(row["activations"]) > 0
+    found = {(row["split"], row["source"]) for row in rows}
+    assert found == {(split, source) for split in ("train", "valid", "test") for source in ("positive", *SOURCES)}
+    counts = run.tables.read("record_counts", where="source = 'neighbour'").to_pylist()
+    assert {count["status"] for count in counts} >= {"ok"}
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama-3.1-8b"])
 def test_the_config_of_a_real_model_harvests_its_small_twin(name, tmp_path, ray_session):
     run = open_run(small(name, tmp_path), ("corpus", "harvest"))
@@ -90,6 +108,7 @@ def test_gemma_harvests_and_the_holistic_activations_of_its_records_are_those_of
     for stage in ("corpus", "harvest", "index", "records"):
         run_stage(run, stage)
     check_harvest(run)
+    check_sources(run)
     pairs = run.tables.read("holistic").to_pylist()
     wanted = run.tables.read("records", where="split = 'train' and source = 'positive'").to_pylist()
     assert {(p["feature_key"], p["sequence_id"]) for p in pairs} == {

@@ -4,44 +4,79 @@ import numpy as np
 import pytest
 
 from rayinterp.config import RecordsConfig, SplitQuota
-from rayinterp.index import nearest, to_matrix
+from rayinterp.index import TableVectors, to_matrix
+from rayinterp.nearest import VectorBlock
 from rayinterp.planted import FEATURES, fires
-from rayinterp.records import (
+from rayinterp.projection import learn_projection, projected_similarity
+from rayinterp.records import displayed, load_corpus, load_records
+from rayinterp.sources import (
+    SPLITS,
+    WIDE,
     Activity,
     Corpus,
-    choose,
+    Neighbour,
+    choose_block,
     choose_positives,
-    displayed,
     generator_for,
-    load_records,
-    similarity_to_positives,
+    nearest_directions,
+    query_places,
 )
 from rayinterp.subject import FeatureId
 
 FEATURE = FeatureId("a", 1)
+OTHER = FeatureId("a", 2)
+ALL_SOURCES = ("random", "random_negative", "similar", "similar_negative", "similar_projected",
+    "similar_projected_negative", "neighbour")  # fmt: skip
+TRAIN = SPLITS.index("train")
+
+
+class MemoryVectors:
+    """Vectors at hand, handed out in two blocks that are not in order."""
+
+    def __init__(self, matrix):
+        self.matrix = matrix
+
+    def gather(self, places):
+        return self.matrix[places]
+
+    def blocks(self):
+        for places in np.array_split(np.random.default_rng(9).permutation(len(self.matrix)), 2):
+            yield VectorBlock(places, self.matrix[places])
 
 
 @pytest.fixture
 def corpus():
     rng = np.random.default_rng(0)
-    vectors = rng.normal(size=(600, 8)).astype(np.float32)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    splits = rng.choice(["train", "valid", "test"], 600)
-    return Corpus(np.arange(600) * 7, np.arange(600) // 3, splits, np.zeros((600, 2), int), vectors)
+    return Corpus(np.arange(600) * 7, np.arange(600) // 3, rng.choice(3, 600), np.zeros((600, 2), int))
 
 
 @pytest.fixture
-def activity():
-    rng = np.random.default_rng(1)
+def vectors():
+    matrix = np.random.default_rng(2).normal(size=(600, 8)).astype(np.float32)
+    return MemoryVectors(matrix / np.linalg.norm(matrix, axis=1, keepdims=True))
+
+
+def random_activity(seed):
+    rng = np.random.default_rng(seed)
     places = np.sort(rng.choice(600, 120, replace=False))
     maxima = rng.random(120).astype(np.float32) + 0.1
     return Activity(places, maxima, [np.array([0])] * 120, [np.array([m]) for m in maxima])
 
 
+@pytest.fixture
+def activity():
+    return random_activity(1)
+
+
 def settings(**values):
     quota = SplitQuota(positive=8, complementary=12)
-    sources = ("random", "random_negative", "similar", "similar_negative")
-    return RecordsConfig(**{"complementary": sources, "train": quota, "valid": quota, "test": quota, **values})
+    return RecordsConfig(**{"complementary": ALL_SOURCES, "train": quota, "valid": quota, "test": quota, **values})
+
+
+def choose(feature, activity, corpus, vectors, config, seed=0):
+    """The records of one feature, whose one neighbour is OTHER."""
+    neighbours, others = {feature: [Neighbour(OTHER, 0.8)]}, {OTHER: random_activity(3)}
+    return choose_block({feature: activity}, corpus, vectors, config, seed, neighbours, others)[feature]
 
 
 def test_top_positives_are_the_highest_and_quantiles_reach_down():
@@ -56,66 +91,146 @@ def test_top_positives_are_the_highest_and_quantiles_reach_down():
     assert min(mixed) < 25
 
 
-def test_a_short_pool_is_short_and_never_refilled(corpus, activity):
-    few = Activity(activity.places[:2], activity.maxima[:2], activity.positions[:2], activity.values[:2])
-    chosen = choose(FEATURE, few, corpus, settings(), seed=0)
-    assert sum(len(chosen[split, "positive"].places) for split in ("train", "valid", "test")) == 2
+def test_a_short_pool_is_short_and_never_refilled(corpus, vectors, activity):
+    train = np.flatnonzero(corpus.splits[activity.places] == TRAIN)[:2]
+    few = Activity(activity.places[train], activity.maxima[train], [], [])
+    chosen = choose(FEATURE, few, corpus, vectors, settings(), seed=0)
+    assert sum(len(chosen[split, "positive"].places) for split in SPLITS) == 2
+    crowded = settings(test=SplitQuota(positive=8, complementary=500))
+    chosen = choose(FEATURE, activity, corpus, vectors, crowded)
+    silent = (corpus.splits == SPLITS.index("test")).sum() - (corpus.splits[activity.places] == 2).sum()
+    assert len(chosen["test", "random_negative"].places) == len(chosen["test", "similar_negative"].places) == silent
 
 
-def test_every_record_lies_in_its_split_and_negatives_are_silent(corpus, activity):
+def test_every_record_lies_in_its_split_and_negatives_are_silent(corpus, vectors, activity):
     active = set(activity.places.tolist())
-    chosen = choose(FEATURE, activity, corpus, settings(), seed=0)
+    chosen = choose(FEATURE, activity, corpus, vectors, settings())
+    assert {source for _, source in chosen} == {"positive", *ALL_SOURCES}
     for (split, source), choice in chosen.items():
         places = choice.places.tolist()
-        assert len(places) == len(set(places)) == (8 if source == "positive" else 12)
-        assert set(corpus.splits[places]) == {split}
+        assert len(places) == len(set(places)) == (8 if source == "positive" else 12), source
+        assert set(corpus.splits[places]) == {SPLITS.index(split)}
         if source == "positive":
             assert set(places) <= active
         else:
             assert not set(places) & set(chosen[split, "positive"].places.tolist())
-        if source.endswith("_negative"):
+        if source.endswith("_negative") or source == "neighbour":
             assert not set(places) & active
 
 
-def test_similar_negatives_are_the_nearest_of_the_whole_corpus(corpus, activity):
-    chosen = choose(FEATURE, activity, corpus, settings(), seed=0)
-    train = [p for p in activity.places if corpus.splits[p] == "train"]
-    active = set(activity.places.tolist())
+@pytest.mark.parametrize("source", ["similar", "similar_negative"])
+def test_similar_records_are_the_nearest_of_the_whole_corpus(corpus, vectors, activity, source):
+    chosen = choose(FEATURE, activity, corpus, vectors, settings())
+    matrix = vectors.matrix.astype(np.float64)
+    train = [p for p in activity.places if corpus.splits[p] == TRAIN]
+    positives = {p for split in SPLITS for p in chosen[split, "positive"].places.tolist()}
+    forbidden = set(activity.places.tolist()) if source == "similar_negative" else positives
     # Brute force: the mean of the cosines to every query, one sequence at a time.
-    means = {p: np.mean([corpus.vectors[p] @ corpus.vectors[q] for q in train]) for p in range(600)}
-    for split in ("train", "valid", "test"):
-        silent = [p for p in range(600) if corpus.splits[p] == split and p not in active]
-        best = sorted(silent, key=lambda p: -means[p])[:12]
-        assert chosen[split, "similar_negative"].places.tolist() == best
-        similarity = chosen[split, "similar_negative"].similarity[best]
-        assert similarity == pytest.approx([means[p] for p in best], abs=1e-5)
+    means = {p: np.mean([matrix[p] @ matrix[q] for q in train]) for p in range(600)}
+    for code, split in enumerate(SPLITS):
+        allowed = [p for p in range(600) if corpus.splits[p] == code and p not in forbidden]
+        best = sorted(allowed, key=lambda p: -means[p])[:12]
+        assert chosen[split, source].places.tolist() == best
+        assert chosen[split, source].similarity == pytest.approx([means[p] for p in best], abs=1e-6)
+
+
+@pytest.mark.parametrize("source", ["similar_projected", "similar_projected_negative"])
+def test_projected_records_are_the_nearest_of_a_wide_pool_after_the_projection(corpus, vectors, activity, source):
+    chosen = choose(FEATURE, activity, corpus, vectors, settings())
+    wide = settings(**{split: SplitQuota(positive=8, complementary=12 * WIDE) for split in SPLITS})
+    pools = choose(FEATURE, activity, corpus, vectors, wide)
+    query = query_places(activity, corpus, 400)
+    generator = generator_for(0, FEATURE, "projection")
+    silent = np.setdiff1d(np.flatnonzero(corpus.splits == TRAIN), activity.places)
+    shown = np.sort(generator.permutation(silent)[:400])
+    projection = learn_projection(vectors.matrix[query], vectors.matrix[shown], generator)
+    plain = source.replace("_projected", "")
+    for split in SPLITS:
+        pool = pools[split, plain].places
+        projected = vectors.matrix.astype(float) @ projection
+        projected /= np.linalg.norm(projected, axis=1, keepdims=True)
+        means = {p: np.mean([projected[p] @ projected[q] for q in query]) for p in pool.tolist()}
+        best = sorted(means, key=lambda p: -means[p])[:12]
+        assert chosen[split, source].places.tolist() == best
+        assert chosen[split, source].places.tolist() != chosen[split, plain].places.tolist()
+
+
+def test_a_projection_brings_positives_of_one_kind_together():
+    rng, shift = np.random.default_rng(0), 0.6
+    # What the positives share stands in one coordinate; the other nineteen are louder and say nothing.
+    positives, silent = rng.normal(size=(60, 20)), rng.normal(size=(200, 20))
+    positives[:, 0], silent[:, 0] = shift, -shift
+    unit = [rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (positives, silent)]
+    projection = learn_projection(*unit, np.random.default_rng(1))
+    held_out = rng.normal(size=(100, 20))
+    held_out[:50, 0], held_out[50:, 0] = shift, -shift
+    held_out /= np.linalg.norm(held_out, axis=1, keepdims=True)
+    plain = held_out @ unit[0].mean(0)
+    learned = projected_similarity(held_out, unit[0], projection)
+
+    def separation(similarity):
+        return (similarity[:50].mean() - similarity[50:].mean()) / similarity.std()
+
+    assert separation(learned) > 1.3 * separation(plain)  # seen: 1.96 against 1.26; 2 is the most there is
+    assert learn_projection(unit[0][:3], unit[1], np.random.default_rng(1)) is None
+
+
+def test_neighbours_are_the_strongest_of_the_closest_feature_that_this_one_is_silent_on(corpus, vectors, activity):
+    close, far = random_activity(3), random_activity(4)
+    few = Activity(close.places[::8], close.maxima[::8], [], [])
+    neighbours = {
+        FEATURE: [Neighbour(OTHER, 0.8), Neighbour(FeatureId("a", 3), 0.5), Neighbour(FeatureId("a", 4), 0.1)]
+    }
+    others = {OTHER: few, FeatureId("a", 3): far}
+    config = settings(complementary=("neighbour",))
+    chosen = choose_block({FEATURE: activity}, corpus, vectors, config, 0, neighbours, others)[FEATURE]
+    active = set(activity.places.tolist())
+    for code, split in enumerate(SPLITS):
+        expected = []
+        for other in (few, far):
+            for place, _ in sorted(zip(other.places.tolist(), -other.maxima, strict=True), key=lambda pair: pair[1]):
+                if corpus.splits[place] == code and place not in active and place not in expected:
+                    expected.append(place)
+        found = chosen[split, "neighbour"]
+        assert found.places.tolist() == expected[:12]
+        from_close = sum(place in set(few.places.tolist()) for place in expected[:12])
+        assert 0 < from_close < 12
+        assert found.similarity.tolist()[:from_close] == [0.8] * from_close
+    alone = choose_block({FEATURE: activity}, corpus, vectors, config, 0, {}, {})[FEATURE]
+    assert len(alone["train", "neighbour"].places) == 0
+
+
+def test_the_closest_decoder_directions_of_the_same_sae():
+    directions = {"a": np.array([[1.0, 0], [0.9, 0.1], [-1, 0], [0, 0], [0.5, 0.5]]), "b": np.array([[1.0, 0]])}
+    found = nearest_directions(directions, {"a": [3, 5, 7, 9, 11], "b": [0]}, count=2)
+    assert [str(n.feature) for n in found[FeatureId("a", 3)]] == ["a/5", "a/11"]
+    assert found[FeatureId("a", 3)][1].cosine == pytest.approx(0.5**0.5)
+    assert found[FeatureId("a", 7)] == found[FeatureId("a", 9)] == found[FeatureId("b", 0)] == []
 
 
 def test_the_query_is_train_positives_only_and_the_strongest(corpus, activity):
-    query = similarity_to_positives(activity, corpus, 5)
-    train = [i for i, p in enumerate(activity.places) if corpus.splits[p] == "train"]
+    train = [i for i, p in enumerate(activity.places) if corpus.splits[p] == TRAIN]
     strongest = sorted(train, key=lambda i: -activity.maxima[i])[:5]
-    expected = corpus.vectors @ corpus.vectors[activity.places[strongest]].mean(0)
-    assert query == pytest.approx(expected, abs=1e-6)
+    assert query_places(activity, corpus, 5).tolist() == activity.places[strongest].tolist()
 
 
-def test_chance_belongs_to_the_feature(corpus, activity):
-    first = choose(FEATURE, activity, corpus, settings(), seed=0)
+def test_chance_belongs_to_the_feature(corpus, vectors, activity):
+    first = choose(FEATURE, activity, corpus, vectors, settings())
     np.random.default_rng(5).random(100)
-    again = choose(FEATURE, activity, corpus, settings(), seed=0)
-    other = choose(FeatureId("a", 2), activity, corpus, settings(), seed=0)
+    again = choose(FEATURE, activity, corpus, vectors, settings())
+    other = choose(FeatureId("a", 9), activity, corpus, vectors, settings())
     key = ("train", "random_negative")
     assert first[key].places.tolist() == again[key].places.tolist() != other[key].places.tolist()
-    # Another source in the config changes nothing about this one.
-    fewer = choose(FEATURE, activity, corpus, settings(complementary=("random_negative",)), seed=0)
+    # Another source in the config, or another feature in the block, changes nothing about this one.
+    fewer = choose(FEATURE, activity, corpus, vectors, settings(complementary=("random_negative",)))
     assert fewer[key].places.tolist() == first[key].places.tolist()
     assert generator_for(0, FEATURE, "x").random() != generator_for(1, FEATURE, "x").random()
-
-
-def test_nearest_breaks_ties_by_id():
-    similarity = np.array([0.5, 0.9, 0.5, 0.5])
-    allowed = np.array([True, False, True, True])
-    assert nearest(similarity, allowed, np.array([30, 1, 10, 20]), 2).tolist() == [2, 3]
+    block = {FeatureId("a", n): random_activity(n) for n in range(10, 15)} | {FEATURE: activity}
+    neighbours, others = {FEATURE: [Neighbour(OTHER, 0.8)]}, {OTHER: random_activity(3)}
+    together = choose_block(block, corpus, vectors, settings(), 0, neighbours, others)[FEATURE]
+    assert {key: choice.places.tolist() for key, choice in together.items()} == {
+        key: choice.places.tolist() for key, choice in first.items()
+    }
 
 
 def test_a_weak_activation_is_never_hidden():
@@ -155,3 +270,16 @@ def test_embeddings_are_normalised_and_complete(planted_run):
     table = planted_run.tables.read("embeddings")
     assert np.linalg.norm(to_matrix(table), axis=1) == pytest.approx(1, abs=2e-3)
     assert set(table["sequence_id"].to_pylist()) == planted_run.tables.distinct("sequences", "sequence_id")
+
+
+def test_vectors_of_a_run_come_by_place(planted_run):
+    corpus = load_corpus(planted_run.tables)
+    vectors = TableVectors(planted_run.tables, corpus.sequence_ids)
+    table = planted_run.tables.read("embeddings").sort_by("sequence_id")
+    matrix = to_matrix(table)
+    places = np.array([7, 3, 3, 2999, 0])
+    assert np.array_equal(vectors.gather(places), matrix[places])
+    rebuilt = np.zeros_like(matrix)
+    for block in vectors.blocks():
+        rebuilt[block.places] = block.vectors
+    assert np.array_equal(rebuilt, matrix)

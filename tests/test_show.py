@@ -12,7 +12,7 @@ from rich.console import Console
 from rayinterp.config import RunConfig, arm_id, parse_config
 from rayinterp.errors import UserError
 from rayinterp.report_cards import spans
-from rayinterp.show import shaded, show_feature
+from rayinterp.show import shaded, show_feature, show_records, why_not
 from rayinterp.tables import Tables
 
 
@@ -137,3 +137,44 @@ def test_an_unknown_feature_names_its_neighbours(tables: Tables, config: RunConf
         drawn(tables, config, "layer_9:50")
     with pytest.raises(UserError, match="harvest first"):
         drawn(Tables(str(tmp_path)), config, "layer_9/50")
+
+
+def printed(draw, *arguments) -> str:
+    """What a terminal of 120 columns shows."""
+    console = Console(file=io.StringIO(), width=120)
+    draw(*arguments, console)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_records_are_shown_by_split_and_source(planted_run):
+    text = printed(show_records, planted_run.tables, "planted/0")
+    heads = [line for line in text.splitlines() if re.match(r"(train|valid|test), ", line)]
+    assert heads[0] == "train, positive: 10"
+    assert {head.split(":")[0] for head in heads} == {
+        f"{split}, {source}"
+        for split in ("train", "valid", "test")
+        for source in ("positive", "random negative", "similar negative")
+    }
+    assert "test, positive: 30" in heads
+    assert text.count("the") > 50
+
+
+@pytest.mark.parametrize(
+    ("feature", "says"),
+    [
+        ("planted/3", "active nowhere in the corpus"),
+        ("planted/4", "harvest.max_density"),
+        ("planted/5", "harvest.min_sequences"),
+        ("planted/0", "all that were asked for"),
+    ],
+)
+def test_why_a_feature_has_no_more_records(planted_run, feature, says):
+    text = " ".join(printed(why_not, planted_run.tables, feature).split())
+    assert feature in text and says in text
+    if feature != "planted/0":
+        assert says in " ".join(printed(show_records, planted_run.tables, feature).split())
+
+
+def test_why_not_of_an_unknown_feature_names_the_nearest(planted_run):
+    with pytest.raises(UserError, match="nearest are planted/5"):
+        printed(why_not, planted_run.tables, "planted/9")

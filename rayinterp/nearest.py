@@ -1,0 +1,91 @@
+"""Nearest sequences by sentence embedding: many queries at once, over the whole corpus, exactly.
+
+    vectors, block by block  x  queries of a block of features  ->  best of each split so far  ->  best of each split
+
+Memory follows the block and the number of queries, not the corpus. Candidates come from single-precision products, a
+few more than asked for; what is kept is ordered by products in double precision, ties by sequence id, so that the
+answer does not depend on which queries share a product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+MARGIN = 16
+"""Candidates kept beyond those asked for, since single precision may order close ones differently."""
+
+
+class VectorBlock(NamedTuple):
+    """A stretch of the corpus."""
+
+    places: Int[np.ndarray, "n"]
+    """Places in the corpus (the order of sequence ids)."""
+    vectors: Float[np.ndarray, "n d"]
+    """L2-normalised, float32."""
+
+
+class Hits(NamedTuple):
+    """What one query found in one split, best first; fewer than asked for where the split has no more."""
+
+    places: Int[np.ndarray, "k"]
+    similarity: Float[np.ndarray, "k"]
+
+
+def exact_search(
+    blocks: Iterable[VectorBlock],
+    queries: Float[np.ndarray, "q d"],
+    excluded: Sequence[Int[np.ndarray, "_"]],
+    splits: Int[np.ndarray, "corpus"],
+    num_splits: int,
+    k: int,
+) -> list[list[Hits]]:
+    """The `k` places nearest to each query in each split, by dot product: `[query][split]`.
+
+    Args:
+        excluded: Places that a query must not find, by query.
+        splits: Split of every place in the corpus, 0 to num_splits - 1.
+    """
+    kept = k + MARGIN
+    best = np.full((num_splits, len(queries), kept), -np.inf)
+    best_places = np.full((num_splits, len(queries), kept), len(splits))
+    column = np.full(len(splits), -1, dtype=np.int64)
+    for places, vectors in blocks:
+        similarity = queries.astype(np.float32) @ vectors.T
+        column[places] = np.arange(len(places))
+        for query, out in enumerate(excluded):
+            own = column[out]
+            similarity[query, own[own >= 0]] = -np.inf
+        column[places] = -1
+        of_split = splits[places]
+        for split in range(num_splits):
+            columns = np.flatnonzero(of_split == split)
+            found = _top(similarity[:, columns], kept)
+            candidates = columns[found]
+            allowed = np.isfinite(np.take_along_axis(similarity, candidates, axis=1))
+            exact = np.einsum("qkd,qd->qk", vectors[candidates].astype(np.float64), queries.astype(np.float64))
+            merged = np.concatenate([best[split], np.where(allowed, exact, -np.inf)], axis=1)
+            merged_places = np.concatenate([best_places[split], places[candidates]], axis=1)
+            order = np.lexsort((merged_places, -merged), axis=1)[:, :kept]
+            best[split] = np.take_along_axis(merged, order, axis=1)
+            best_places[split] = np.take_along_axis(merged_places, order, axis=1)
+    return [
+        [
+            Hits(best_places[split, query, :k][finite], best[split, query, :k][finite])
+            for split in range(num_splits)
+            for finite in [np.isfinite(best[split, query, :k])]
+        ]
+        for query in range(len(queries))
+    ]
+
+
+def _top(similarity: Float[np.ndarray, "q n"], k: int) -> Int[np.ndarray, "q k"]:
+    """Columns of the k largest of each row, in no order."""
+    if similarity.shape[1] <= k:
+        return np.broadcast_to(np.arange(similarity.shape[1]), similarity.shape)
+    return np.argpartition(-similarity, k - 1, axis=1)[:, :k]

@@ -1,0 +1,113 @@
+"""Silent sequences that sound like a text: what an explanation's own words would claim wrongly (`rule_negative`).
+
+    explanation's texts -> sentence encoder -> nearest sequences of a split on which the feature is silent
+
+A search asks each round, for many features at once; one pass over the vectors answers all of them. Run as a Ray actor.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from rayinterp.config import RunConfig
+from rayinterp.errors import UserError
+from rayinterp.index import TableVectors, embedder_path
+from rayinterp.nearest import exact_search
+from rayinterp.records import load_corpus, read_activities
+from rayinterp.sources import SPLITS, Activity
+from rayinterp.subject import FeatureId
+from rayinterp.tables import Tables
+
+NUM_ACTIVITIES = 512
+"""Features whose activity is kept at hand."""
+
+
+class SilentRequest(NamedTuple):
+    """What a search asks for."""
+
+    feature: FeatureId
+    texts: tuple[str, ...]
+    """The explanation's rules, or whatever else is suspected."""
+    split: str
+    count: int
+
+
+class Found(NamedTuple):
+    """A silent sequence."""
+
+    sequence_id: int
+    similarity: float
+    """Cosine to the text that it is closest to."""
+    text: int
+    """Which of the request's texts that is."""
+
+
+class Retriever:
+    """Answers requests from the vectors and posting lists of one run."""
+
+    def __init__(self, config: RunConfig, tables: Tables) -> None:
+        from sentence_transformers import SentenceTransformer
+
+        self._tables = tables
+        self._corpus = load_corpus(tables)
+        self._vectors = TableVectors(tables, self._corpus.sequence_ids)
+        self._encoder = SentenceTransformer(embedder_path(config.index.embedder))
+        check_dimension(config.index.embedder, self._encoder.get_embedding_dimension(), self._vectors.dim)
+        self._activities: OrderedDict[FeatureId, Activity] = OrderedDict()
+
+    def silent(self, requests: Sequence[SilentRequest]) -> list[list[Found]]:
+        """For each request its nearest silent sequences, best first, each once; fewer where the split has no more."""
+        texts = [text for request in requests for text in request.texts]
+        if not texts:
+            return [[] for _ in requests]
+        owners = [number for number, request in enumerate(requests) for _ in request.texts]
+        self._read([request.feature for request in requests])
+        excluded = [self._places(requests[owner].feature) for owner in owners]
+        queries = self._encoder.encode(texts, normalize_embeddings=True, show_progress_bar=False)
+        most = max(request.count for request in requests)
+        hits = exact_search(
+            self._vectors.blocks(), np.asarray(queries), excluded, self._corpus.splits, len(SPLITS), most
+        )
+        answers: list[dict[int, Found]] = [{} for _ in requests]
+        numbers = [number for request in requests for number in range(len(request.texts))]
+        for owner, number, of_text in zip(owners, numbers, hits, strict=True):
+            places, similarity = of_text[SPLITS.index(requests[owner].split)]
+            for place, value in zip(places.tolist(), similarity.tolist(), strict=True):
+                found = Found(int(self._corpus.sequence_ids[place]), value, number)
+                before = answers[owner].get(place)
+                if before is None or value > before.similarity:
+                    answers[owner][place] = found
+        return [
+            sorted(answer.values(), key=lambda found: (-found.similarity, found.sequence_id))[: request.count]
+            for request, answer in zip(requests, answers, strict=True)
+        ]
+
+    def _read(self, features: Sequence[FeatureId]) -> None:
+        missing = [feature for feature in dict.fromkeys(features) if feature not in self._activities]
+        self._activities.update(read_activities(self._tables, missing, self._corpus))
+        for feature in features:
+            if feature in self._activities:
+                self._activities.move_to_end(feature)
+        while len(self._activities) > max(NUM_ACTIVITIES, len(set(features))):
+            self._activities.popitem(last=False)
+
+    def _places(self, feature: FeatureId) -> np.ndarray:
+        activity = self._activities.get(feature)
+        return np.array([], dtype=np.int64) if activity is None else activity.places
+
+
+def check_dimension(embedder: str, of_encoder: int | None, of_table: int) -> None:
+    """Refuses an encoder whose vectors cannot be compared with those in the table.
+
+    Raises:
+        UserError: names both lengths.
+    """
+    if of_encoder != of_table:
+        raise UserError(
+            f"index.embedder {embedder!r} makes vectors of {of_encoder} numbers, but the table embeddings holds "
+            f"vectors of {of_table}; name the encoder that made them, or give another run_dir"
+        )

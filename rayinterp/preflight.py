@@ -42,6 +42,7 @@ def prepare(config: RunConfig, stages: Sequence[str] = ("corpus", "explain")) ->
         UserError: the first thing that would fail, with what to do about it.
     """
     check_embedded(config)
+    check_quotas(config)
     check_run_dir(config.run_dir)
     for name in sorted(llms_used(config)) if "explain" in stages else []:
         if config.llms[name].provider == "openai":
@@ -143,6 +144,18 @@ def model_config(field: str, model: str, revision: str | None) -> Any:
             f"{field} {model!r} cannot be loaded: {first_line} Give a local folder, a Hugging Face name that this "
             f"machine can reach (`hf auth login` for gated ones), or {embedded.MODEL}"
         ) from None
+
+
+def check_quotas(config: RunConfig) -> None:
+    """No split is asked for more records of one source than it will have sequences."""
+    for split, share in zip(("train", "valid", "test"), config.corpus.splits, strict=True):
+        sequences = int(config.corpus.num_sequences * share)
+        for kind, quota in getattr(config.records, split):
+            if quota > sequences:
+                raise UserError(
+                    f"records.{split}.{kind} is {quota}, but of corpus.num_sequences ({config.corpus.num_sequences}) "
+                    f"about {sequences} fall to {split}; lower it, or raise corpus.num_sequences"
+                )
 
 
 def check_context(config: RunConfig, subject: Any) -> None:

@@ -120,6 +120,11 @@ def test_a_read_only_run_directory(tmp_path):
     refused(planted_config(tmp_path / "run"), "run_dir", "cannot be written")
 
 
+def test_a_quota_larger_than_its_split(tmp_path):
+    config = demo(tmp_path, "corpus.num_sequences=100", "records.test={positive: 20, complementary: 31}")
+    refused(config, "records.test.complementary is 31", "about 30", "corpus.num_sequences")
+
+
 def test_a_sequence_longer_than_the_context(tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()

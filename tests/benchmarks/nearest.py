@@ -16,6 +16,7 @@ NUM_CLUSTERS, NUM_POSITIVES, NUM_ACTIVE = 2000, 400, 600
 NUM_PLAIN = 100
 """Features that the plain scan does; its time is per feature."""
 READ = 65_536
+MIN_RECALL = 0.95
 
 
 def corpus(rng: np.random.Generator) -> np.ndarray:
@@ -68,7 +69,5 @@ def run() -> list[Row]:
         "features/s",
         target=5.0,
     )
-    return [
-        row,
-        Row("its recall@30 against the scan", float(np.mean(recalls)), None, None, "", 0.95, np.mean(recalls) >= 0.95),
-    ]
+    recall = float(np.mean(recalls))
+    return [row, Row(f"its recall@{K} against the scan", recall, None, None, "", MIN_RECALL, recall >= MIN_RECALL)]

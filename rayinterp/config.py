@@ -165,6 +165,16 @@ class IndexConfig(_Section):
     """Texts per forward pass."""
     dtype: Literal["float16", "float32"] = "float16"
     """Storage of the vectors."""
+    search: Literal["auto", "exact", "index"] = "auto"
+    """exact: every query against every vector, in one pass for many queries; index: an approximate index, with exact
+    re-ranking; auto: exact below `exact_below` vectors."""
+    exact_below: int = Field(default=5_000_000, gt=0)
+    """Vectors from which `auto` takes the index."""
+    kind: Literal["IVF_PQ", "IVF_HNSW_SQ", "IVF_FLAT"] = "IVF_PQ"
+    """Kind of the index, where one is used."""
+
+    def uses_index(self, num_vectors: int) -> bool:
+        return self.search == "index" or (self.search == "auto" and num_vectors >= self.exact_below)
 
 
 class SplitQuota(_Section):

@@ -7,7 +7,7 @@ them out by place; `nearest` searches them.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,14 +15,20 @@ import pyarrow as pa
 import ray.data
 
 from rayinterp import embedded
-from rayinterp.config import RunConfig
+from rayinterp.config import IndexConfig, RunConfig
+from rayinterp.errors import UserError
 from rayinterp.harvest import torch_threads
-from rayinterp.nearest import VectorBlock
+from rayinterp.nearest import Hits, VectorBlock, exact_search, index_search
 from rayinterp.progress import Progress, silent
+from rayinterp.sources import SPLITS, Corpus
 from rayinterp.tables import Tables, embeddings_schema
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
+
+MIN_VECTORS_FOR_PQ = 65_536
+VECTORS_PER_PARTITION = 256
+"""What Lance samples to place each partition's centre."""
 
 
 class Embedder:
@@ -65,7 +71,8 @@ def embedder_path(name: str) -> str:
 def to_matrix(embeddings: pa.Table) -> Float[np.ndarray, "n d"]:
     """The vector column as one float32 matrix."""
     vectors = embeddings["vector"].combine_chunks()
-    return vectors.flatten().to_numpy(zero_copy_only=False).astype(np.float32).reshape(len(vectors), -1)
+    flat = vectors.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
+    return flat.reshape(len(vectors), vectors.type.list_size)
 
 
 class TableVectors:
@@ -74,27 +81,57 @@ class TableVectors:
     BLOCK = 65_536
     """Vectors read at a time."""
 
-    def __init__(self, tables: Tables, sequence_ids: Int[np.ndarray, "n"]) -> None:
-        """`sequence_ids` are those of the corpus, ascending: a place is an index into them."""
+    def __init__(self, tables: Tables, corpus: Corpus, config: IndexConfig) -> None:
         dataset = tables.open("embeddings")
         assert dataset is not None, "no embeddings"
+        self._tables, self._corpus = tables, corpus
         self._dataset: Any = dataset
         self.dim: int = dataset.schema.field("vector").type.list_size
         ids = dataset.to_table(columns=["sequence_id"])["sequence_id"].to_numpy()
-        assert np.array_equal(np.sort(ids), sequence_ids), "sequences and embeddings differ"
-        self._place_of_row = np.searchsorted(sequence_ids, ids)
+        assert np.array_equal(np.sort(ids), corpus.sequence_ids), "sequences and embeddings differ"
+        self._place_of_row = np.searchsorted(corpus.sequence_ids, ids)
         self._row_of_place = np.argsort(self._place_of_row)
+        self._by_index = config.uses_index(len(ids))
 
     def gather(self, places: Int[np.ndarray, "k"]) -> Float[np.ndarray, "k d"]:
         rows, back = np.unique(self._row_of_place[places], return_inverse=True)
         return to_matrix(self._dataset.take(rows.tolist(), columns=["vector"]))[back]
 
     def blocks(self) -> Iterator[VectorBlock]:
+        """All of them, a stretch at a time, in the order in which they are stored."""
         start = 0
         for batch in self._dataset.to_batches(columns=["vector"], batch_size=self.BLOCK):
             places = self._place_of_row[start : start + batch.num_rows]
             start += batch.num_rows
             yield VectorBlock(places, to_matrix(pa.Table.from_batches([batch])))
+
+    def search(
+        self, queries: Float[np.ndarray, "q d"], excluded: Sequence[Int[np.ndarray, "_"]], k: int
+    ) -> list[list[Hits]]:
+        """As `sources.Vectors.search`: exactly, or by the index where the config asks for it at this size."""
+        if self._by_index:
+            return index_search(self._ask, queries, excluded, len(SPLITS), k)
+        return exact_search(self.blocks(), queries, excluded, self._corpus.splits, len(SPLITS), k)
+
+    def _ask(self, query: Float[np.ndarray, "d"], split: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        rows = self._tables.nearest("embeddings", query.tolist(), count, f"split = '{SPLITS[split]}'")
+        return np.searchsorted(self._corpus.sequence_ids, rows["sequence_id"].to_numpy()), to_matrix(rows)
+
+
+def build_index(config: IndexConfig, tables: Tables, num_workers: int) -> None:
+    """Builds the vector index.
+
+    Raises:
+        UserError: the kind of index needs more vectors than there are.
+    """
+    num_vectors = tables.count("embeddings")
+    if config.kind == "IVF_PQ" and num_vectors < MIN_VECTORS_FOR_PQ:
+        raise UserError(
+            f"index.kind is IVF_PQ, which learns its codes from {MIN_VECTORS_FOR_PQ:,} vectors or more, and there are "
+            f"{num_vectors:,}; set index.search=exact, which is fast at this size, in another run_dir"
+        )
+    partitions = max(1, min(round(num_vectors**0.5), num_vectors // VECTORS_PER_PARTITION))
+    tables.create_vector_index("embeddings", config.kind, partitions, num_workers)
 
 
 def run_index(config: RunConfig, tables: Tables, progress: Progress = silent) -> dict[str, int]:
@@ -118,4 +155,6 @@ def run_index(config: RunConfig, tables: Tables, progress: Progress = silent) ->
             progress(done, len(all_shards))
     if not tables.is_finished("embeddings"):
         tables.finish("embeddings")
+    if config.index.uses_index(tables.count("embeddings")) and not tables.has_vector_index("embeddings"):
+        build_index(config.index, tables, num_workers=config.resources.index.num_actors)
     return {"vectors": tables.count("embeddings")}

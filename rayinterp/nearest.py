@@ -9,7 +9,7 @@ answer does not depend on which queries share a product.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -82,6 +82,42 @@ def exact_search(
         ]
         for query in range(len(queries))
     ]
+
+
+MOST_WIDENING = 5
+"""Times that an index is asked again, for four times as many rows each, where too few of them may be used."""
+
+
+def index_search(
+    ask: Callable[[Float[np.ndarray, "d"], int, int], tuple[Int[np.ndarray, "n"], Float[np.ndarray, "n d"]]],
+    queries: Float[np.ndarray, "q d"],
+    excluded: Sequence[Int[np.ndarray, "_"]],
+    num_splits: int,
+    k: int,
+) -> list[list[Hits]]:
+    """As `exact_search`, from an approximate index: what it finds is ordered by products in double precision.
+
+    Args:
+        ask: (query, split, number of rows) to places of that split, nearest first, and their vectors.
+    """
+    found: list[list[Hits]] = []
+    for query, out in zip(queries, excluded, strict=True):
+        of_query = []
+        for split in range(num_splits):
+            asked = k + MARGIN
+            places, vectors = ask(query, split, asked)
+            for _ in range(MOST_WIDENING):
+                if len(places) < asked or np.sum(~np.isin(places, out)) >= k:
+                    break
+                asked *= 4
+                places, vectors = ask(query, split, asked)
+            usable = ~np.isin(places, out)
+            places, vectors = places[usable], vectors[usable]
+            similarity = vectors.astype(np.float64) @ query.astype(np.float64)
+            order = np.lexsort((places, -similarity))[:k]
+            of_query.append(Hits(places[order], similarity[order]))
+        found.append(of_query)
+    return found
 
 
 def _top(similarity: Float[np.ndarray, "q n"], k: int) -> Int[np.ndarray, "q k"]:

@@ -193,7 +193,7 @@ def block_records(
     activities = read_activities(tables, live, corpus)
     close = sorted({n.feature for feature in live for n in neighbours.get(feature, ())} - set(live))
     others = {**activities, **read_activities(tables, close, corpus)} if neighbours else {}
-    vectors = TableVectors(tables, corpus.sequence_ids)
+    vectors = TableVectors(tables, corpus, config.index)
     choices = choose_block(activities, corpus, vectors, config.records, config.seed, neighbours, others)
     wanted = {int(i) for chosen in choices.values() for c in chosen.values() for i in corpus.sequence_ids[c.places]}
     found = tables.read("sequences", ["sequence_id", "token_ids"], sql_in("sequence_id", sorted(wanted)))

@@ -16,7 +16,6 @@ import numpy as np
 from rayinterp.config import RunConfig
 from rayinterp.errors import UserError
 from rayinterp.index import TableVectors, embedder_path
-from rayinterp.nearest import exact_search
 from rayinterp.records import load_corpus, read_activities
 from rayinterp.sources import SPLITS, Activity
 from rayinterp.subject import FeatureId
@@ -54,7 +53,7 @@ class Retriever:
 
         self._tables = tables
         self._corpus = load_corpus(tables)
-        self._vectors = TableVectors(tables, self._corpus.sequence_ids)
+        self._vectors = TableVectors(tables, self._corpus, config.index)
         self._encoder = SentenceTransformer(embedder_path(config.index.embedder))
         check_dimension(config.index.embedder, self._encoder.get_embedding_dimension(), self._vectors.dim)
         self._activities: OrderedDict[FeatureId, Activity] = OrderedDict()
@@ -69,9 +68,7 @@ class Retriever:
         excluded = [self._places(requests[owner].feature) for owner in owners]
         queries = self._encoder.encode(texts, normalize_embeddings=True, show_progress_bar=False)
         most = max(request.count for request in requests)
-        hits = exact_search(
-            self._vectors.blocks(), np.asarray(queries), excluded, self._corpus.splits, len(SPLITS), most
-        )
+        hits = self._vectors.search(np.asarray(queries), excluded, most)
         answers: list[dict[int, Found]] = [{} for _ in requests]
         numbers = [number for request in requests for number in range(len(request.texts))]
         for owner, number, of_text in zip(owners, numbers, hits, strict=True):

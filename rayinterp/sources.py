@@ -16,13 +16,13 @@ count, never refilled from another. Chance comes from (seed, feature, purpose) a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
 from rayinterp.config import RecordsConfig
-from rayinterp.nearest import Hits, VectorBlock, exact_search
+from rayinterp.nearest import Hits
 from rayinterp.projection import learn_projection, projected_similarity
 from rayinterp.subject import FeatureId
 
@@ -51,8 +51,10 @@ class Vectors(Protocol):
 
     def gather(self, places: Int[np.ndarray, "k"]) -> Float[np.ndarray, "k d"]: ...
 
-    def blocks(self) -> Iterator[VectorBlock]:
-        """All of them, a stretch at a time, in any order."""
+    def search(
+        self, queries: Float[np.ndarray, "q d"], excluded: Sequence[Int[np.ndarray, "_"]], k: int
+    ) -> list[list[Hits]]:
+        """The `k` places nearest to each query in each split, without those excluded: `[query][split]`."""
         ...
 
 
@@ -210,7 +212,7 @@ def _similar_pools(
             activity.places if negative else np.concatenate([chosen[feature][s, "positive"].places for s in SPLITS])
             for feature, activity in activities.items()
         ]
-        hits = exact_search(vectors.blocks(), means, excluded, corpus.splits, len(SPLITS), max(k, 1))
+        hits = vectors.search(means, excluded, max(k, 1))
         pools[negative] = dict(zip(activities, hits, strict=True))
     return pools
 

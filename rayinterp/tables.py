@@ -29,6 +29,8 @@ import ray.data
 
 COMMITS_BETWEEN_COMPACTIONS = 100
 """A committer compacts a table after so many commits."""
+PROBES, REFINE = 32, 4
+"""Partitions of a vector index that a query looks into; candidates re-ranked by their stored vectors, times k."""
 KEPT_FOR_WRITERS = timedelta(minutes=10)
 """Versions younger than this stay while workers write: one of them may be about to read it."""
 COMMIT_SECONDS = 2.0
@@ -463,6 +465,43 @@ class Tables:
         for column in _BTREE_COLUMNS.get(table, []):
             dataset.create_scalar_index(column, "BTREE", replace=True)
         dataset.cleanup_old_versions(older_than=timedelta(0), delete_unverified=True)
+
+    def create_vector_index(self, table: str, kind: str, num_partitions: int, num_workers: int) -> None:
+        """Builds the index on `vector` with Ray tasks, once `finish`, which moves rows, is done."""
+        import lance_ray
+
+        lance_ray.create_index(
+            self.uri(table),
+            "vector",
+            kind,
+            metric="cosine",
+            num_partitions=num_partitions,
+            num_workers=num_workers,
+            storage_options=self.storage_options,
+        )
+        dataset = self.open(table)
+        assert dataset is not None
+        dataset.cleanup_old_versions(older_than=timedelta(0), delete_unverified=True)
+
+    def has_vector_index(self, table: str) -> bool:
+        dataset = self.open(table)
+        return dataset is not None and any("vector" in index.field_names for index in dataset.describe_indices())
+
+    def nearest(self, table: str, query: Sequence[float], k: int, where: str) -> pa.Table:
+        """The `k` rows that the vector index finds nearest among those that pass the filter: sequence_id and vector."""
+        import lancedb  # three seconds, which every worker of a run would pay
+
+        opened = lancedb.connect(self.root, storage_options=self.storage_options).open_table(table)
+        search: Any = opened.search(list(query), vector_column_name="vector")
+        return (
+            search.distance_type("cosine")
+            .where(where, prefilter=True)
+            .nprobes(PROBES)
+            .refine_factor(REFINE)
+            .limit(k)
+            .select(["sequence_id", "vector"])
+            .to_arrow()
+        )
 
     def is_finished(self, table: str) -> bool:
         """Whether `finish` came to its end on the table as it is: indexed, and old versions dropped."""

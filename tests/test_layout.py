@@ -12,9 +12,8 @@ ROOT = Path(rayinterp.__file__).parent
 ORDER = [
     "errors", "progress", "config", "tables", "explanation", "embedded", "prompts", "simulate.simulator",
     "hook_points", "saes", "subject", "planted", "documents", "corpus", "postings", "harvest", "nearest", "projection",
-    "index", "sources", "records", "retrieve",
-    "holistic", "score", "controls", "simulate", "explain", "grade", "report_data", "report_cards", "report", "show",
-    "preflight", "run", "cli",
+    "sources", "index", "records", "retrieve", "holistic", "score", "controls", "simulate", "explain", "grade",
+    "report_data", "report_cards", "report", "show", "preflight", "run", "cli",
 ]  # fmt: skip
 """Each module may import from those before it."""
 

@@ -1,11 +1,13 @@
+import shutil
 from collections import defaultdict
 
 import numpy as np
 import pytest
 
-from rayinterp.config import RecordsConfig, SplitQuota
-from rayinterp.index import TableVectors, to_matrix
-from rayinterp.nearest import VectorBlock
+from rayinterp.config import IndexConfig, RecordsConfig, SplitQuota
+from rayinterp.errors import UserError
+from rayinterp.index import TableVectors, build_index, to_matrix
+from rayinterp.nearest import VectorBlock, exact_search
 from rayinterp.planted import FEATURES, fires
 from rayinterp.projection import learn_projection, projected_similarity
 from rayinterp.records import displayed, load_corpus, load_records
@@ -22,6 +24,7 @@ from rayinterp.sources import (
     query_places,
 )
 from rayinterp.subject import FeatureId
+from rayinterp.tables import Tables
 
 FEATURE = FeatureId("a", 1)
 OTHER = FeatureId("a", 2)
@@ -33,11 +36,14 @@ TRAIN = SPLITS.index("train")
 class MemoryVectors:
     """Vectors at hand, handed out in two blocks that are not in order."""
 
-    def __init__(self, matrix):
-        self.matrix = matrix
+    def __init__(self, matrix, splits):
+        self.matrix, self.splits = matrix, splits
 
     def gather(self, places):
         return self.matrix[places]
+
+    def search(self, queries, excluded, k):
+        return exact_search(self.blocks(), queries, excluded, self.splits, len(SPLITS), k)
 
     def blocks(self):
         for places in np.array_split(np.random.default_rng(9).permutation(len(self.matrix)), 2):
@@ -51,9 +57,9 @@ def corpus():
 
 
 @pytest.fixture
-def vectors():
+def vectors(corpus):
     matrix = np.random.default_rng(2).normal(size=(600, 8)).astype(np.float32)
-    return MemoryVectors(matrix / np.linalg.norm(matrix, axis=1, keepdims=True))
+    return MemoryVectors(matrix / np.linalg.norm(matrix, axis=1, keepdims=True), corpus.splits)
 
 
 def random_activity(seed):
@@ -175,6 +181,16 @@ def test_a_projection_brings_positives_of_one_kind_together():
     assert learn_projection(unit[0][:3], unit[1], np.random.default_rng(1)) is None
 
 
+def test_a_feature_that_is_active_everywhere_in_train_has_short_sources_and_no_error(corpus, vectors):
+    places = np.flatnonzero(corpus.splits == TRAIN)
+    everywhere = Activity(places, np.ones(len(places), dtype=np.float32), [], [])
+    chosen = choose(FEATURE, everywhere, corpus, vectors, settings())
+    assert len(chosen["train", "similar_projected_negative"].places) == 0
+    assert len(chosen["train", "random_negative"].places) == len(chosen["train", "neighbour"].places) == 0
+    assert len(chosen["test", "similar_projected_negative"].places) == 12
+    assert len(chosen["test", "positive"].places) == 0
+
+
 def test_neighbours_are_the_strongest_of_the_closest_feature_that_this_one_is_silent_on(corpus, vectors, activity):
     close, far = random_activity(3), random_activity(4)
     few = Activity(close.places[::8], close.maxima[::8], [], [])
@@ -274,12 +290,46 @@ def test_embeddings_are_normalised_and_complete(planted_run):
 
 def test_vectors_of_a_run_come_by_place(planted_run):
     corpus = load_corpus(planted_run.tables)
-    vectors = TableVectors(planted_run.tables, corpus.sequence_ids)
+    vectors = TableVectors(planted_run.tables, corpus, planted_run.config.index)
     table = planted_run.tables.read("embeddings").sort_by("sequence_id")
     matrix = to_matrix(table)
     places = np.array([7, 3, 3, 2999, 0])
     assert np.array_equal(vectors.gather(places), matrix[places])
+    assert vectors.gather(places[:0]).shape == (0, vectors.dim)
     rebuilt = np.zeros_like(matrix)
     for block in vectors.blocks():
         rebuilt[block.places] = block.vectors
     assert np.array_equal(rebuilt, matrix)
+
+
+def test_the_index_finds_what_the_exact_search_finds_and_goes_wider_past_what_is_excluded(planted_run, tmp_path):
+    shutil.copytree(planted_run.tables.uri("embeddings"), Tables(str(tmp_path)).uri("embeddings"))
+    tables, corpus = Tables(str(tmp_path)), load_corpus(planted_run.tables)
+    with pytest.raises(UserError, match=r"IVF_PQ.*65,536.*3,000.*index\.search=exact"):
+        build_index(IndexConfig(search="index"), tables, num_workers=1)
+    config = IndexConfig(search="index", kind="IVF_FLAT")
+    build_index(config, tables, num_workers=1)
+    assert tables.has_vector_index("embeddings") and tables.is_finished("embeddings")
+    exact = TableVectors(tables, corpus, IndexConfig(search="exact"))
+    by_index = TableVectors(tables, corpus, config)
+    matrix = exact.gather(np.arange(len(corpus.sequence_ids)))
+    queries = np.stack([matrix[start : start + 20].mean(0) for start in range(0, 600, 60)])
+    # Of the first query the nearest 300 of each split may not be found; of the second, nothing may.
+    near = exact.search(queries[:1], [np.array([], dtype=int)], 300)[0]
+    excluded = [np.concatenate([hits.places for hits in near]), np.arange(3000), *[np.array([], dtype=int)] * 8]
+    expected, found = exact.search(queries, excluded, 30), by_index.search(queries, excluded, 30)
+    recalls = []
+    for query in range(10):
+        for ours, theirs in zip(found[query], expected[query], strict=True):
+            assert not set(ours.places.tolist()) & set(excluded[query].tolist())
+            assert list(ours.similarity) == sorted(ours.similarity, reverse=True)
+            assert len(ours.places) == len(theirs.places) == (0 if query == 1 else 30)
+            recalls.append(len(set(ours.places.tolist()) & set(theirs.places.tolist())) / max(1, len(theirs.places)))
+    assert np.mean([recall for recall in recalls if recall]) > 0.95
+
+
+def test_auto_takes_the_index_from_the_size_that_the_config_names():
+    config = IndexConfig(exact_below=1000)
+    assert [config.uses_index(n) for n in (999, 1000)] == [False, True]
+    assert not IndexConfig(search="exact", exact_below=1).uses_index(10)
+    assert IndexConfig(search="index").uses_index(1)

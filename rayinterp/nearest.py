@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import torch
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -65,8 +66,7 @@ def exact_search(
         of_split = splits[places]
         for split in range(num_splits):
             columns = np.flatnonzero(of_split == split)
-            found = _top(similarity[:, columns], kept)
-            candidates = columns[found]
+            candidates = columns[_top(similarity, columns, kept)]
             allowed = np.isfinite(np.take_along_axis(similarity, candidates, axis=1))
             exact = np.einsum("qkd,qd->qk", vectors[candidates].astype(np.float64), queries.astype(np.float64))
             merged = np.concatenate([best[split], np.where(allowed, exact, -np.inf)], axis=1)
@@ -120,8 +120,9 @@ def index_search(
     return found
 
 
-def _top(similarity: Float[np.ndarray, "q n"], k: int) -> Int[np.ndarray, "q k"]:
-    """Columns of the k largest of each row, in no order."""
-    if similarity.shape[1] <= k:
-        return np.broadcast_to(np.arange(similarity.shape[1]), similarity.shape)
-    return np.argpartition(-similarity, k - 1, axis=1)[:, :k]
+def _top(similarity: Float[np.ndarray, "q n"], columns: Int[np.ndarray, "m"], k: int) -> Int[np.ndarray, "q k"]:
+    """Which of some columns are the k largest of each row, in no order."""
+    if len(columns) <= k:
+        return np.broadcast_to(np.arange(len(columns)), (len(similarity), len(columns)))
+    chosen = torch.from_numpy(similarity)[:, torch.from_numpy(columns)]  # torch's top-k takes half of numpy's time
+    return torch.topk(chosen, k, dim=1, sorted=False).indices.numpy()

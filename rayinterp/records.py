@@ -31,8 +31,9 @@ from rayinterp.tables import Tables, sql_in
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-BLOCK = 64
-"""Features per Ray task: a block's posting lists are read once, and its queries share one pass over the vectors."""
+BLOCK = 256
+"""Features per Ray task: a block's posting lists are read once, and its queries share one pass over the vectors, of
+which converting them from float16 is the largest part."""
 NUM_NEIGHBOURS = 10
 """Features tried, closest first, for the source `neighbour`."""
 

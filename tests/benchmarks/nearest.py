@@ -13,7 +13,7 @@ from tests.benchmarks.measure import Row, compare
 NAME = "nearest"
 NUM_FEATURES, NUM_SEQUENCES, DIM, K = 1000, 100_000, 384, 30
 NUM_CLUSTERS, NUM_POSITIVES, NUM_ACTIVE = 2000, 400, 600
-NUM_PLAIN = 100
+NUM_PLAIN = 256
 """Features that the plain scan does; its time is per feature."""
 READ = 65_536
 MIN_RECALL = 0.95

@@ -210,7 +210,7 @@ def test_a_corpus_without_a_sequence_is_refused_and_the_way_out_works(tmp_path, 
 
 def test_a_half_cut_corpus_is_not_gone_on_with_by_another_config_or_from_other_files(tmp_path, ray_session):
     write_files(tmp_path / "in", damage=False)
-    corpus = f"{{dataset: {tmp_path / 'in'}, num_sequences: 60, sequence_length: 8}}"
+    corpus = f"{{dataset: {tmp_path / 'in'}, num_sequences: 200, sequence_length: 8}}"
     config = planted_config(tmp_path / "run", f"corpus={corpus}")
     run = open_run(config, ("corpus",))
     run_stage(run, "corpus")

@@ -373,9 +373,9 @@ class PoolResources(StageResources):
             raise ValueError(f"max_actors is {self.max_actors}, below num_actors ({self.num_actors})")
         return self
 
-    def pool(self, num_units: int) -> tuple[int, int]:
-        """(smallest, largest) number of actors for so many units of work."""
-        return min(self.num_actors, num_units), min(self.max_actors or self.num_actors, num_units)
+    @property
+    def most_actors(self) -> int:
+        return self.max_actors or self.num_actors
 
 
 class ResourcesConfig(_Section):

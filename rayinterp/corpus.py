@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pyarrow as pa
-import ray.data
 
 from rayinterp import embedded, planted
 from rayinterp.config import CorpusConfig, RunConfig
 from rayinterp.documents import Dropped, list_files, read_documents
 from rayinterp.errors import UserError
+from rayinterp.pools import map_units
 from rayinterp.progress import Progress, Throughput, silent
 from rayinterp.tables import COMMIT_SECONDS, SCHEMAS, Tables
 
@@ -246,7 +246,7 @@ def run_corpus(config: RunConfig, tables: Tables, progress: Progress = silent) -
 
 def _cut_files(config: RunConfig, tables: Tables, progress: Progress) -> None:
     """Fills `windows` and `corpus_files` from the input files that are left."""
-    files, resources = list_files(config.corpus), config.resources.corpus
+    files = list_files(config.corpus)
     finished = check_same_files(tables, files)
     work = [
         {"file_number": number, "file": file, "quota": quota}
@@ -258,13 +258,7 @@ def _cut_files(config: RunConfig, tables: Tables, progress: Progress) -> None:
     throughput = Throughput(config.name, "corpus", len(finished), len(finished) + len(work))
     throughput.report(progress)
     tables.create_empty("windows")
-    smallest, largest = resources.pool(len(work))
-    results = ray.data.from_items(work, override_num_blocks=len(work)).map(
-        FileCutter,  # pyright: ignore[reportArgumentType]
-        fn_constructor_args=(config, tables),
-        compute=ray.data.ActorPoolStrategy(min_size=smallest, max_size=largest),
-        num_cpus=resources.num_cpus,
-    )
+    results = map_units(FileCutter, (config, tables), work, config.resources.corpus)
     rows: list[dict[str, Any]] = []
     last_append = time.monotonic()
     for result in tables.stream_commit("windows", results, compact=False):

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import ray
-import ray.data
 import torch
 
 from rayinterp import embedded, planted
 from rayinterp.config import FeatureRange, RunConfig
 from rayinterp.errors import UserError
+from rayinterp.pools import map_units
 from rayinterp.postings import (
     MARKER,
     STATISTICS,
@@ -147,7 +147,7 @@ class Harvester:
         self, config: RunConfig, tables: Tables, sources: list[SaeSource], features: dict[str, list[int]]
     ) -> None:
         self._config, self._tables, self._features = config, tables, features
-        self._threads = torch_threads(config.resources.harvest.pool(os.cpu_count() or 1)[1])
+        self._threads = torch_threads(config.resources.harvest.most_actors)
         self._model_is_free = threading.Lock()
         self._refusal: UserError | None = None
         torch.set_num_threads(self._threads)
@@ -167,8 +167,8 @@ class Harvester:
         token_ids = read_token_ids(self._tables, f"shard = {shard}")
         with self._model_is_free:
             torch.set_num_threads(self._threads)  # torch counts them per calling thread
-            batch = batch_size(token_ids, self._config.harvest.token_budget)
-            batches = list(self._subject.stream(token_ids.split(batch)))
+            size = batch_size(token_ids, self._config.harvest.token_budget)
+            batches = list(self._subject.stream(token_ids.split(size)))
         by_sae = {sae: join_batches([batch[sae] for batch in batches]) for sae in self._features}
         del batches
         check_finite(by_sae, shard)
@@ -277,20 +277,13 @@ def _harvest_shards(
     total: int,
     progress: Progress,
 ) -> None:
-    resources = config.resources.harvest
-    smallest, largest = resources.pool(len(left))
     tables.create_empty("activations")
-    results = ray.data.from_items([{"shard": shard} for shard in left], override_num_blocks=len(left)).map(
-        Harvester,  # pyright: ignore[reportArgumentType]
-        fn_constructor_args=(config, tables, sources, features),
-        compute=ray.data.ActorPoolStrategy(
-            min_size=smallest,
-            max_size=largest,
-            max_concurrent_calls_per_actor=Harvester.SHARDS_IN_HAND,
-            enable_true_multi_threading=True,
-        ),
-        num_cpus=resources.num_cpus,
-        num_gpus=resources.num_gpus,
+    results = map_units(
+        Harvester,
+        (config, tables, sources, features),
+        [{"shard": shard} for shard in left],
+        config.resources.harvest,
+        Harvester.SHARDS_IN_HAND,
     )
     throughput = Throughput(config.name, "harvest", total - len(left), total)
     throughput.report(progress)

@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
-import ray.data
 import torch
 
 from rayinterp.config import RunConfig
 from rayinterp.errors import UserError
 from rayinterp.harvest import batch_size, load_subject, torch_threads
+from rayinterp.pools import map_units
 from rayinterp.progress import Progress, Throughput, silent
 from rayinterp.saes import SaeSource
 from rayinterp.subject import FeatureId
@@ -60,7 +60,7 @@ class HolisticHarvester:
     def __init__(
         self, config: RunConfig, tables: Tables, sources: list[SaeSource], features: dict[str, list[int]]
     ) -> None:
-        torch.set_num_threads(torch_threads(config.resources.harvest.num_actors))
+        torch.set_num_threads(torch_threads(config.resources.harvest.most_actors))
         self._tables, self._token_budget = tables, config.harvest.token_budget
         self._refusal: UserError | None = None
         try:
@@ -110,16 +110,8 @@ def run_holistic(
     finished = tables.finished_units("holistic")
     left = [chunk for chunk in all_chunks if chunk["chunk"] not in finished]
     if left:
-        resources = config.resources.harvest
-        smallest, largest = resources.pool(len(left))
         tables.create_empty("holistic")
-        results = ray.data.from_items(left, override_num_blocks=len(left)).map(
-            HolisticHarvester,  # pyright: ignore[reportArgumentType]
-            fn_constructor_args=(config, tables, sources, features),
-            compute=ray.data.ActorPoolStrategy(min_size=smallest, max_size=largest),
-            num_cpus=resources.num_cpus,
-            num_gpus=resources.num_gpus,
-        )
+        results = map_units(HolisticHarvester, (config, tables, sources, features), left, config.resources.harvest)
         throughput = Throughput(config.name, "holistic", len(all_chunks) - len(left), len(all_chunks))
         throughput.report(progress)
         for result in tables.stream_commit("holistic", results):

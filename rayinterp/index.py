@@ -6,19 +6,18 @@ them out by place; `nearest` searches them.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import ray.data
 
 from rayinterp import embedded
 from rayinterp.config import IndexConfig, RunConfig
 from rayinterp.errors import UserError
 from rayinterp.harvest import torch_threads
 from rayinterp.nearest import Hits, VectorBlock, exact_search, index_search
+from rayinterp.pools import map_units
 from rayinterp.progress import Progress, silent
 from rayinterp.sources import SPLITS, Corpus
 from rayinterp.tables import Tables, embeddings_schema
@@ -38,7 +37,7 @@ class Embedder:
         import torch
         from sentence_transformers import SentenceTransformer
 
-        torch.set_num_threads(torch_threads(config.resources.index.pool(os.cpu_count() or 1)[1]))
+        torch.set_num_threads(torch_threads(config.resources.index.most_actors))
         self._config, self._tables = config.index, tables
         self._model = SentenceTransformer(embedder_path(config.index.embedder))
         dim = self._model.get_embedding_dimension()
@@ -139,15 +138,7 @@ def run_index(config: RunConfig, tables: Tables, progress: Progress = silent) ->
     all_shards = tables.distinct("sequences", "shard")
     left = sorted(all_shards - tables.finished_units("embeddings"))
     if left:
-        resources = config.resources.index
-        smallest, largest = resources.pool(len(left))
-        results = ray.data.from_items([{"shard": shard} for shard in left], override_num_blocks=len(left)).map(
-            Embedder,  # pyright: ignore[reportArgumentType]
-            fn_constructor_args=(config, tables),
-            compute=ray.data.ActorPoolStrategy(min_size=smallest, max_size=largest),
-            num_cpus=resources.num_cpus,
-            num_gpus=resources.num_gpus,
-        )
+        results = map_units(Embedder, (config, tables), [{"shard": shard} for shard in left], config.resources.index)
         done = len(all_shards) - len(left)
         progress(done, len(all_shards))
         for _ in tables.stream_commit("embeddings", results):

@@ -134,13 +134,15 @@ def choose_block(
     }
     queries = {f: query_places(a, corpus, config.num_query_positives) for f, a in activities.items()}
     pools = _similar_pools(activities, chosen, queries, corpus, vectors, config)
+    projected = any("projected" in source for source in config.complementary)
     for feature, activity in activities.items():
         silent = _silent(activity, corpus)
+        projection = _project(feature, queries[feature], silent, corpus, vectors, seed) if projected else None
         positives = {split: chosen[feature][split, "positive"].places for split in SPLITS}
         for source in config.complementary:
             if source.startswith("similar"):
                 hits = pools[source.endswith("_negative")][feature]
-                found = _similar(source, feature, hits, queries[feature], silent, corpus, vectors, config, seed)
+                found = _similar(hits, projection if "projected" in source else None, corpus, vectors, config)
             elif source == "neighbour":
                 assert neighbours is not None and others is not None, "source neighbour without decoder directions"
                 found = _neighbour(neighbours.get(feature, ()), others, silent, corpus, config)
@@ -217,32 +219,36 @@ def _similar_pools(
     return pools
 
 
+class Projection(NamedTuple):
+    """A feature's learned projection, and the positives that similarity is measured to."""
+
+    weight: Float[np.ndarray, "d k"]
+    positives: Float[np.ndarray, "p d"]
+
+
+def _project(
+    feature: FeatureId, query: np.ndarray, silent: np.ndarray, corpus: Corpus, vectors: Vectors, seed: int
+) -> Projection | None:
+    """Learns the projection; None where there is too little to learn from, and plain similarity is kept."""
+    generator = generator_for(seed, feature, "projection")
+    train = np.flatnonzero(silent & (corpus.splits == SPLITS.index("train")))
+    shown = generator.permutation(train)[:NUM_SILENT_SHOWN]
+    positives = vectors.gather(query)
+    weight = learn_projection(positives, vectors.gather(np.sort(shown)), generator)
+    return None if weight is None else Projection(weight, positives)
+
+
 def _similar(
-    source: str,
-    feature: FeatureId,
-    hits: list[Hits],
-    query: np.ndarray,
-    silent: np.ndarray,
-    corpus: Corpus,
-    vectors: Vectors,
-    config: RecordsConfig,
-    seed: int,
+    hits: list[Hits], projection: Projection | None, corpus: Corpus, vectors: Vectors, config: RecordsConfig
 ) -> dict[str, Choice]:
-    projection = None
-    if "projected" in source:
-        generator = generator_for(seed, feature, "projection")
-        train = np.flatnonzero(silent & (corpus.splits == SPLITS.index("train")))
-        shown = generator.permutation(train)[:NUM_SILENT_SHOWN]
-        positives = vectors.gather(query)
-        projection = learn_projection(positives, vectors.gather(np.sort(shown)), generator)
     found = {}
     for split, (places, similarity) in zip(SPLITS, hits, strict=True):
         count = getattr(config, split).complementary
         if projection is not None and len(places):
-            pool = slice(0, count * WIDE)
-            similarity = projected_similarity(vectors.gather(places[pool]), vectors.gather(query), projection)
-            order = np.lexsort((corpus.sequence_ids[places[pool]], -similarity))
-            places, similarity = places[pool][order], similarity[order]
+            pool = places[: count * WIDE]
+            similarity = projected_similarity(vectors.gather(pool), projection.positives, projection.weight)
+            order = np.lexsort((corpus.sequence_ids[pool], -similarity))
+            places, similarity = pool[order], similarity[order]
         found[split] = Choice(places[:count], similarity[:count])
     return found
 

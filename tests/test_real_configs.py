@@ -16,18 +16,13 @@ from tests.small_models import D_SAE, save_corpus, save_model, save_sae
 
 SOURCES = ("random", "random_negative", "similar", "similar_negative", "similar_projected",
     "similar_projected_negative", "neighbour")  # fmt: skip
-HOOKS = {
-    "gpt2": "blocks.{layer}.hook_resid_post",
-    "gemma-2-9b": "blocks.{layer}.hook_resid_post",
-    "llama-3.1-8b": "blocks.{layer}.hook_resid_post",
-}
 
 
 def small(name: str, folder: Path):
     """`configs/<name>.yaml` with a small model, local SAEs and a small corpus in place of the hub's."""
     save_model(name, folder / "model")
     for layer in (0, 2):
-        save_sae(name, folder / f"sae_{layer}", HOOKS[name].format(layer=layer))
+        save_sae(name, folder / f"sae_{layer}", f"blocks.{layer}.hook_resid_post")
     save_corpus(folder / "corpus.jsonl")
     return load_config(
         CONFIGS / f"{name}.yaml",

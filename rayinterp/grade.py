@@ -7,20 +7,22 @@ The only stage that reads test records. What is graded is decided from tables an
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import ray
-from ray import serve
 
-from rayinterp.config import RunConfig, TransformersSimulatorConfig, arm_id, service_name
+from rayinterp import rule_negatives
+from rayinterp.config import LLMSimulatorConfig, RunConfig, arm_id
 from rayinterp.controls import shuffled_features, token_lookup
 from rayinterp.explanation import Explanation, from_json
 from rayinterp.progress import Progress, silent
 from rayinterp.records import ActivationRecord, load_records
 from rayinterp.score import SCORERS, WIDE_BELOW, Score, false_positives_per_sequence, score_all
+from rayinterp.simulate.client import SimulatorClient
 from rayinterp.simulate.simulator import CONTROL_NULLS, NULL_EXPLANATIONS, RuleRequest, combine
 from rayinterp.sources import generator_for
 from rayinterp.subject import FeatureId, interleave
@@ -53,6 +55,11 @@ class Graded(NamedTuple):
     predictions: list[dict[str, Any]]
 
 
+def graded_sources(config: RunConfig) -> tuple[str, ...]:
+    """Complementary sources that explanations are graded on."""
+    return (*config.records.complementary, *([rule_negatives.SOURCE] if config.score.num_rule_negatives else []))
+
+
 def grade(
     work: FeatureWork,
     simulator: str,
@@ -81,7 +88,7 @@ def grade(
     ]
     scores = [
         row
-        for source in config.records.complementary
+        for source in graded_sources(config)
         for explainer, control, group in predictions
         for row in _score_rows(work.feature, explainer, control, simulator, source, test, group, config)
     ]
@@ -216,6 +223,8 @@ def count_test_records(tables: Tables, max_records: int | None) -> Counter[str]:
     counts: Counter[str] = Counter()
     for row in tables.read("record_counts", ["feature_key", "found"], "split = 'test'").to_pylist():
         counts[row["feature_key"]] += row["found"] if max_records is None else min(row["found"], max_records)
+    rule_negative = Counter(tables.read("test_records", ["feature_key"])["feature_key"].to_pylist())
+    counts.update({key: n if max_records is None else min(n, max_records) for key, n in rule_negative.items()})
     return counts
 
 
@@ -232,6 +241,17 @@ def shuffled_explanations(
     return shuffled
 
 
+def first_of_each_sae(features: Iterable[FeatureId], count: int | None) -> list[FeatureId]:
+    """The first `count` features of every SAE, SAEs by turns; all of them for None."""
+    taken: Counter[str] = Counter()
+    kept = []
+    for feature in interleave(sorted(features)):
+        taken[feature.sae] += 1
+        if count is None or taken[feature.sae] <= count:
+            kept.append(feature)
+    return kept
+
+
 def plan_grading(
     config: RunConfig, tables: Tables, simulator: str, explainers: list[str]
 ) -> tuple[list[FeatureWork], list[dict[str, Any]]]:
@@ -240,7 +260,7 @@ def plan_grading(
     Budgets count pairs whether or not they are remembered, so that a resumed run grades the same features.
     """
     arm = config.simulators[simulator]
-    llm = arm if isinstance(arm, TransformersSimulatorConfig) else None
+    llm = arm if isinstance(arm, LLMSimulatorConfig) else None
     pairs_left = llm.max_pairs if llm else None
     num_nulls = len(NULL_EXPLANATIONS) if llm and llm.calibration != "none" else 0
     num_records = count_test_records(tables, llm.max_records if llm else None)
@@ -249,14 +269,10 @@ def plan_grading(
     unscored: list[dict[str, Any]] = []
 
     def leave_out(feature: FeatureId, explainer: str, status: str) -> None:
-        sources = config.records.complementary
+        sources = graded_sources(config)
         unscored.extend(unscored_rows(feature, explainer, "", arm_id(simulator, arm), sources, status))
 
-    taken: Counter[str] = Counter()
-    for feature in interleave(sorted(by_feature)):
-        if arm.num_features is not None and taken[feature.sae] >= arm.num_features:
-            continue
-        taken[feature.sae] += 1
+    for feature in first_of_each_sae(by_feature, arm.num_features):
         explained = by_feature[feature]
         for explainer, status in explained.failed.items():
             leave_out(feature, explainer, status)
@@ -285,23 +301,35 @@ def first_of_each_source(records: list[ActivationRecord], count: int | None) -> 
     return kept
 
 
-def grade_block(block: list[FeatureWork], simulator: str, config: RunConfig, tables: Tables) -> Graded:
+def grade_block(block: list[FeatureWork], simulator: str, config: RunConfig, tables: Tables, committer: Any) -> Graded:
     """Grades some features: one request to the simulator service each."""
-    handle = serve.get_app_handle(service_name("simulator", simulator, config.run_dir))
     arm = config.simulators[simulator]
-    max_records = arm.max_records if isinstance(arm, TransformersSimulatorConfig) else None
+    client = SimulatorClient(simulator, config, tables, committer)
+    max_records = arm.max_records if isinstance(arm, LLMSimulatorConfig) else None
     loaded = [load_records(tables, work.feature, ("train", "test")) for work in block]
-    for records in loaded:
-        records["test"] = first_of_each_source(records["test"], max_records)
-    responses = [
-        handle.simulate.remote([RuleRequest(rule, tuple(r.sequence for r in records["test"])) for rule in work.rules()])
-        for work, records in zip(block, loaded, strict=True)
-    ]
+    called_for = rule_negatives.load_rule_negatives(tables, [work.feature for work in block])
+    for work, records in zip(block, loaded, strict=True):
+        test = records["test"] + (called_for[work.feature] if config.score.num_rule_negatives else [])
+        records["test"] = first_of_each_source(test, max_records)
+
+    async def simulate(work: FeatureWork, test: list[ActivationRecord]) -> dict[str, list[np.ndarray]]:
+        sequences = tuple(dict.fromkeys(record.sequence for record in test))
+        rules = work.rules()
+        predict = await client.remembering(sequences)
+        predictions = await predict([RuleRequest(rule, sequences) for rule in rules])
+        place = {sequence: index for index, sequence in enumerate(sequences)}
+        return {
+            rule: [of_rule[place[record.sequence]] for record in test]
+            for rule, of_rule in zip(rules, predictions, strict=True)
+        }
+
+    async def simulate_all() -> list[dict[str, list[np.ndarray]]]:
+        return await asyncio.gather(*(simulate(w, r["test"]) for w, r in zip(block, loaded, strict=True)))
+
     scores: list[dict[str, Any]] = []
     predictions: list[dict[str, Any]] = []
     name = arm_id(simulator, arm)
-    for work, records, response in zip(block, loaded, responses, strict=True):
-        simulated = dict(zip(work.rules(), response.result(), strict=True))
+    for work, records, simulated in zip(block, loaded, asyncio.run(simulate_all()), strict=True):
         graded = grade(work, name, records, simulated, config)
         scores += graded.scores
         predictions += graded.predictions
@@ -328,7 +356,7 @@ def plan_score(config: RunConfig, tables: Tables, explainers: list[str]) -> Scor
     plan = ScorePlan([], [], 0)
     for simulator in config.score.simulators:
         work, unscored = plan_grading(config, tables, simulator, explainers)
-        finished = _finished(tables, arm_id(simulator, config.simulators[simulator]))
+        finished = _finished(tables, arm_id(simulator, config.simulators[simulator]), graded_sources(config))
         left = [w for w in work if not {(str(w.feature), e) for e in w.explanations} <= finished]
         plan.blocks.extend((simulator, left[i : i + BLOCK]) for i in range(0, len(left), BLOCK))
         plan.unscored.extend(row for row in unscored if (row["feature_key"], row["explainer"]) not in finished)
@@ -336,14 +364,16 @@ def plan_score(config: RunConfig, tables: Tables, explainers: list[str]) -> Scor
     return plan
 
 
-def run_score(config: RunConfig, tables: Tables, plan: ScorePlan, progress: Progress = silent) -> dict[str, int]:
+def run_score(
+    config: RunConfig, tables: Tables, plan: ScorePlan, committer: Any, progress: Progress = silent
+) -> dict[str, int]:
     """Grades what the plan names, in Ray tasks; the simulators it names must have been deployed."""
     task = ray.remote(grade_block).options(num_cpus=config.resources.score.num_cpus)
     tables.append("scores", plan.unscored)
     done = plan.num_finished
     total = done + sum(len(block) for _, block in plan.blocks)
     progress(done, total)
-    waiting = {task.remote(block, simulator, config, tables): len(block) for simulator, block in plan.blocks}
+    waiting = {task.remote(block, simulator, config, tables, committer): len(block) for simulator, block in plan.blocks}
     while waiting:
         (ready,), _ = ray.wait(list(waiting), num_returns=1)
         graded = ray.get(ready)
@@ -353,13 +383,30 @@ def run_score(config: RunConfig, tables: Tables, plan: ScorePlan, progress: Prog
         done += waiting.pop(ready)
         progress(done, total)
     if plan.blocks:
+        ray.get(committer.flush.remote())
         for table in ("scores", "predictions", "simulations"):
             tables.finish(table)
     statuses = tables.read("scores", ["status"], "control = '' and scorer = 'correlation'")["status"].to_pylist()
     return {status: statuses.count(status) for status in sorted(set(statuses))}
 
 
-def _finished(tables: Tables, simulator: str) -> set[tuple[str, str]]:
-    where = f"simulator = '{simulator}' and control = ''"
-    rows = tables.read("scores", ["feature_key", "explainer"], where)
-    return set(zip(rows["feature_key"].to_pylist(), rows["explainer"].to_pylist(), strict=True))
+def _finished(tables: Tables, simulator: str, sources: Sequence[str]) -> set[tuple[str, str]]:
+    """(feature, explainer) that have a score, or a reason why not, under every source."""
+    where = f"simulator = '{simulator}' and control = '' and {sql_in('source', sources)}"
+    rows = tables.read("scores", ["feature_key", "explainer", "source"], where).to_pylist()
+    under = {(row["feature_key"], row["explainer"], row["source"]) for row in rows}
+    return {(key, explainer) for key, explainer, _ in under if all((key, explainer, s) in under for s in sources)}
+
+
+def ungraded(config: RunConfig, tables: Tables, explainers: list[str]) -> dict[FeatureId, dict[str, Explanation]]:
+    """Features that some simulator has still to grade, with all of their explanations."""
+    by_feature = read_explained(tables, explainers)
+    found: dict[FeatureId, dict[str, Explanation]] = {}
+    for simulator in config.score.simulators:
+        arm = config.simulators[simulator]
+        finished = _finished(tables, arm_id(simulator, arm), graded_sources(config))
+        for feature in first_of_each_sae(by_feature, arm.num_features):
+            explanations = by_feature[feature].explanations
+            if not {(str(feature), explainer) for explainer in explanations} <= finished:
+                found[feature] = explanations
+    return found

@@ -7,6 +7,7 @@ them out by place; `nearest` searches them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from rayinterp.nearest import Hits, VectorBlock, exact_search, index_search
 from rayinterp.pools import map_units
 from rayinterp.progress import Progress, silent
 from rayinterp.sources import SPLITS, Corpus
-from rayinterp.tables import Tables, embeddings_schema
+from rayinterp.tables import Tables, VectorIndex, embeddings_schema
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -44,12 +45,13 @@ class Embedder:
         assert dim is not None, f"{config.index.embedder} does not know the length of its vectors"
         self._schema = embeddings_schema(dim, pa.from_numpy_dtype(config.index.dtype))
         tables.create_empty("embeddings", self._schema)
+        check_dimension(config.index.embedder, dim, tables)
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         shard = int(item["shard"])
         columns = ["sequence_id", "split", "shard", "row", "text"]
         sequences = self._tables.read("sequences", columns, f"shard = {shard}").sort_by("row")
-        vectors = self._model.encode(
+        vectors = self._model.encode(  # which sorts its texts by length
             sequences["text"].to_pylist(),
             batch_size=self._config.batch_size,
             normalize_embeddings=True,
@@ -67,6 +69,21 @@ def embedder_path(name: str) -> str:
     return str(embedded.embedder_path(name)) if embedded.is_embedded(name) else name
 
 
+def check_dimension(embedder: str, dim: int | None, tables: Tables) -> None:
+    """Refuses an encoder whose vectors cannot be compared with those in the table.
+
+    Raises:
+        UserError: names both lengths.
+    """
+    dataset = tables.open("embeddings")
+    stored = None if dataset is None else dataset.schema.field("vector").type.list_size
+    if dim != stored:
+        raise UserError(
+            f"index.embedder {embedder!r} makes vectors of {dim} numbers, but the table embeddings holds vectors of "
+            f"{stored}; name the encoder that made them, or give another run_dir"
+        )
+
+
 def to_matrix(embeddings: pa.Table) -> Float[np.ndarray, "n d"]:
     """The vector column as one float32 matrix."""
     vectors = embeddings["vector"].combine_chunks()
@@ -82,15 +99,15 @@ class TableVectors:
 
     def __init__(self, tables: Tables, corpus: Corpus, config: IndexConfig) -> None:
         dataset = tables.open("embeddings")
-        assert dataset is not None, "no embeddings"
-        self._tables, self._corpus = tables, corpus
+        if dataset is None:
+            raise UserError(f"{tables.root!r} holds no embeddings; run the index stage")
+        self._corpus = corpus
         self._dataset: Any = dataset
-        self.dim: int = dataset.schema.field("vector").type.list_size
         ids = dataset.to_table(columns=["sequence_id"])["sequence_id"].to_numpy()
         assert np.array_equal(np.sort(ids), corpus.sequence_ids), "sequences and embeddings differ"
         self._place_of_row = np.searchsorted(corpus.sequence_ids, ids)
         self._row_of_place = np.argsort(self._place_of_row)
-        self._by_index = config.uses_index(len(ids))
+        self._index = tables.vector_index("embeddings") if config.uses_index(len(ids)) else None
 
     def gather(self, places: Int[np.ndarray, "k"]) -> Float[np.ndarray, "k d"]:
         rows, back = np.unique(self._row_of_place[places], return_inverse=True)
@@ -108,12 +125,14 @@ class TableVectors:
         self, queries: Float[np.ndarray, "q d"], excluded: Sequence[Int[np.ndarray, "_"]], k: int
     ) -> list[list[Hits]]:
         """As `sources.Vectors.search`: exactly, or by the index where the config asks for it at this size."""
-        if self._by_index:
-            return index_search(self._ask, queries, excluded, len(SPLITS), k)
+        if self._index is not None:
+            return index_search(partial(self._ask, self._index), queries, excluded, len(SPLITS), k)
         return exact_search(self.blocks(), queries, excluded, self._corpus.splits, len(SPLITS), k)
 
-    def _ask(self, query: Float[np.ndarray, "d"], split: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        rows = self._tables.nearest("embeddings", query.tolist(), count, f"split = '{SPLITS[split]}'")
+    def _ask(
+        self, index: VectorIndex, query: Float[np.ndarray, "d"], split: int, count: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        rows = index.nearest(query.tolist(), count, f"split = '{SPLITS[split]}'")
         return np.searchsorted(self._corpus.sequence_ids, rows["sequence_id"].to_numpy()), to_matrix(rows)
 
 

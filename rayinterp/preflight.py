@@ -15,7 +15,14 @@ from typing import Any, NamedTuple
 import fsspec
 
 from rayinterp import embedded, planted
-from rayinterp.config import LateInteractionConfig, OracleConfig, RunConfig, TransformersSimulatorConfig
+from rayinterp.config import (
+    LateInteractionConfig,
+    LLMSimulatorConfig,
+    OracleConfig,
+    RunConfig,
+    TransformersSimulatorConfig,
+    VllmSimulatorConfig,
+)
 from rayinterp.documents import list_files
 from rayinterp.errors import UserError
 from rayinterp.explain.client import api_key
@@ -52,6 +59,8 @@ def prepare(config: RunConfig, stages: Sequence[str] = ("corpus", "explain")) ->
     for name, simulator in config.simulators.items():
         if isinstance(simulator, TransformersSimulatorConfig) and simulator.quantization != "none":
             _require_package("bitsandbytes", f"simulators.{name}.quantization", "pip install 'rayinterp[quant]'")
+        if isinstance(simulator, VllmSimulatorConfig):
+            check_vllm(name, simulator, config.resources.simulator.num_gpus)
     if "corpus" in stages:
         list_files(config.corpus)
     for name, simulator in config.simulators.items():
@@ -85,7 +94,7 @@ def model_names(config: RunConfig) -> list[tuple[str, str, str | None]]:
         [] if config.subject.model == "planted" else [("subject.model", config.subject.model, config.subject.revision)]
     )
     for name, simulator in config.simulators.items():
-        if isinstance(simulator, TransformersSimulatorConfig):
+        if isinstance(simulator, LLMSimulatorConfig):
             models.append((f"simulators.{name}.model", simulator.model, simulator.revision))
     for name in sorted(llms_used(config)):
         if config.llms[name].provider == "local":
@@ -116,6 +125,16 @@ def check_embedded(config: RunConfig) -> None:
 def _require_package(package: str, field: str, command: str) -> None:
     if importlib.util.find_spec(package) is None:
         raise UserError(f"{field} needs the package {package}, which is not installed; run `{command}`")
+
+
+def check_vllm(name: str, simulator: VllmSimulatorConfig, num_gpus: float) -> None:
+    """vLLM is installed, and has the GPUs that it will spread over."""
+    _require_package("vllm", f"simulators.{name}.engine", "pip install 'rayinterp[vllm]'")
+    if num_gpus and simulator.tensor_parallel_size != num_gpus:
+        raise UserError(
+            f"simulators.{name}.tensor_parallel_size is {simulator.tensor_parallel_size}, but "
+            f"resources.simulator.num_gpus is {num_gpus:g}; set them to the same number"
+        )
 
 
 def check_run_dir(run_dir: str) -> None:

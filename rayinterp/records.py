@@ -8,7 +8,7 @@ on with the blocks that are left and ends with the same rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -69,22 +69,23 @@ def load_corpus(tables: Tables) -> Corpus:
     )
 
 
+def read_sequences(tables: Tables, sequence_ids: Iterable[int], tokenizer: Tokenizer) -> dict[int, dict[str, Any]]:
+    """What a record says of its sequence, by sequence id."""
+    columns = ["sequence_id", "document_id", "token_ids"]
+    rows = tables.read("sequences", columns, sql_in("sequence_id", sorted(sequence_ids))).to_pylist()
+    return {row["sequence_id"]: {**row, "tokens": [tokenizer.decode([i]) for i in row["token_ids"]]} for row in rows}
+
+
 def record_rows(
-    feature: FeatureId,
-    chosen: Choices,
-    activity: Activity,
-    corpus: Corpus,
-    token_ids: dict[int, list[int]],
-    tokenizer: Tokenizer,
+    feature: FeatureId, chosen: Choices, activity: Activity, corpus: Corpus, sequences: dict[int, dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """Rows of `records`."""
     by_place = {place: i for i, place in enumerate(activity.places.tolist())}
     rows = []
     for (split, source), choice in chosen.items():
         for rank, place in enumerate(choice.places.tolist()):
-            sequence_id = int(corpus.sequence_ids[place])
-            ids = token_ids[sequence_id]
-            activations = np.zeros(len(ids), dtype=np.float32)
+            sequence = sequences[int(corpus.sequence_ids[place])]
+            activations = np.zeros(len(sequence["token_ids"]), dtype=np.float32)
             if place in by_place:
                 activations[activity.positions[by_place[place]]] = activity.values[by_place[place]]
             rows.append(
@@ -95,10 +96,7 @@ def record_rows(
                     "split": split,
                     "source": source,
                     "rank": rank,
-                    "sequence_id": sequence_id,
-                    "document_id": int(corpus.document_ids[place]),
-                    "token_ids": ids,
-                    "tokens": [tokenizer.decode([i]) for i in ids],
+                    **sequence,
                     "activations": activations,
                     "similarity": None if choice.similarity is None else float(choice.similarity[rank]),
                 }
@@ -197,14 +195,12 @@ def block_records(
     vectors = TableVectors(tables, corpus, config.index)
     choices = choose_block(activities, corpus, vectors, config.records, config.seed, neighbours, others)
     wanted = {int(i) for chosen in choices.values() for c in chosen.values() for i in corpus.sequence_ids[c.places]}
-    found = tables.read("sequences", ["sequence_id", "token_ids"], sql_in("sequence_id", sorted(wanted)))
-    token_ids = dict(zip(found["sequence_id"].to_pylist(), found["token_ids"].to_pylist(), strict=True))
-    tokenizer = load_tokenizer(config)
+    sequences = read_sequences(tables, wanted, load_tokenizer(config))
     records, counts = [], []
     for feature, status in block:
         chosen = choices.get(feature, {})
         if chosen:
-            records += record_rows(feature, chosen, activities[feature], corpus, token_ids, tokenizer)
+            records += record_rows(feature, chosen, activities[feature], corpus, sequences)
         counts += count_rows(feature, status, chosen, config.records)
     return records, counts
 
@@ -239,14 +235,14 @@ def run_records(
         progress(done, len(ids))
         task = ray.remote(block_records)
         in_flight = max(2, int(ray.cluster_resources().get("CPU", 1)))
-        waiting = {task.remote(block, corpus, neighbours, tables, config): block for block in left[:in_flight]}
-        queue = left[in_flight:]
-        while waiting:
+        waiting: dict[Any, list[tuple[FeatureId, str]]] = {}
+        while left or waiting:
+            while left and len(waiting) < in_flight:
+                block = left.pop(0)
+                waiting[task.remote(block, corpus, neighbours, tables, config)] = block
             (ready,), _ = ray.wait(list(waiting), num_returns=1)
             block = waiting.pop(ready)
             records, counts = ray.get(ready)
-            if queue:
-                waiting[task.remote(queue[0], corpus, neighbours, tables, config)] = queue.pop(0)
             # The counts go last: they mark the features as finished.
             tables.append("records", records)
             tables.append("record_counts", counts)

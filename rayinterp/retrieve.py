@@ -14,8 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rayinterp.config import RunConfig
-from rayinterp.errors import UserError
-from rayinterp.index import TableVectors, embedder_path
+from rayinterp.index import TableVectors, check_dimension, embedder_path
 from rayinterp.records import load_corpus, read_activities
 from rayinterp.sources import SPLITS, Activity
 from rayinterp.subject import FeatureId
@@ -55,7 +54,7 @@ class Retriever:
         self._corpus = load_corpus(tables)
         self._vectors = TableVectors(tables, self._corpus, config.index)
         self._encoder = SentenceTransformer(embedder_path(config.index.embedder))
-        check_dimension(config.index.embedder, self._encoder.get_embedding_dimension(), self._vectors.dim)
+        check_dimension(config.index.embedder, self._encoder.get_embedding_dimension(), tables)
         self._activities: OrderedDict[FeatureId, Activity] = OrderedDict()
 
     def silent(self, requests: Sequence[SilentRequest]) -> list[list[Found]]:
@@ -95,16 +94,3 @@ class Retriever:
     def _places(self, feature: FeatureId) -> np.ndarray:
         activity = self._activities.get(feature)
         return np.array([], dtype=np.int64) if activity is None else activity.places
-
-
-def check_dimension(embedder: str, of_encoder: int | None, of_table: int) -> None:
-    """Refuses an encoder whose vectors cannot be compared with those in the table.
-
-    Raises:
-        UserError: names both lengths.
-    """
-    if of_encoder != of_table:
-        raise UserError(
-            f"index.embedder {embedder!r} makes vectors of {of_encoder} numbers, but the table embeddings holds "
-            f"vectors of {of_table}; name the encoder that made them, or give another run_dir"
-        )

@@ -25,9 +25,9 @@ from ray import serve
 
 from rayinterp.config import (
     UPSTREAM,
+    LLMSimulatorConfig,
     RunConfig,
     StageResources,
-    TransformersSimulatorConfig,
     differing_fields,
     service_name,
     to_yaml,
@@ -36,7 +36,7 @@ from rayinterp.corpus import run_corpus
 from rayinterp.errors import UserError
 from rayinterp.explain.local import deploy_llm
 from rayinterp.explain.runner import arm_ids, arms_left, live_features, llms_used, run_explain
-from rayinterp.grade import plan_score, run_score
+from rayinterp.grade import plan_score, run_score, ungraded
 from rayinterp.harvest import run_harvest
 from rayinterp.holistic import run_holistic
 from rayinterp.index import run_index
@@ -44,6 +44,7 @@ from rayinterp.preflight import Prepared, prepare
 from rayinterp.progress import Progress, silent
 from rayinterp.records import run_records
 from rayinterp.report import write_report
+from rayinterp.rule_negatives import add_rule_negatives
 from rayinterp.simulate.serve import deploy_simulator
 from rayinterp.tables import Committer, Tables
 
@@ -161,24 +162,24 @@ def check_gpus(config: RunConfig) -> None:
 
 def _stop_services(config: RunConfig) -> None:
     """Takes down this run's Serve apps; on a cluster that others use, theirs stay."""
-    arms = [("simulator", name) for name in config.simulators] + [("llm", name) for name in config.llms]
-    ours = {service_name(kind, name, config.run_dir) for kind, name in arms}
+    ours = {service_name("simulator", name, config) for name in config.simulators}
+    ours |= {service_name("llm", name, config) for name in config.llms}
     for app in ours & set(serve.status().applications):
         serve.delete(app)
 
 
-def deploy(run: Run, simulators: set[str], llms: set[str], committer: Any) -> None:
-    """Starts the Serve apps that a stage needs."""
+def deploy(run: Run, simulators: set[str], llms: set[str]) -> None:
+    """Starts the Serve apps that a stage needs and that do not run yet."""
     config = run.config
     for name in sorted(simulators):
         arm, resources = config.simulators[name], config.resources.simulator
-        if not isinstance(arm, TransformersSimulatorConfig):
+        if not isinstance(arm, LLMSimulatorConfig):
             resources = resources.model_copy(update={"num_gpus": 0})
-        app = service_name("simulator", name, config.run_dir)
-        deploy_simulator(name, arm, resources, run.tables, committer, app)
+        app = service_name("simulator", name, config)
+        deploy_simulator(name, arm, resources, app)
     for name in sorted(llms):
         if config.llms[name].provider == "local":
-            deploy_llm(service_name("llm", name, config.run_dir), config.llms[name], config.resources.llm)
+            deploy_llm(service_name("llm", name, config), config.llms[name], config.resources.llm)
 
 
 def start_committer(tables: Tables) -> Any:
@@ -196,7 +197,7 @@ def explain(run: Run, progress: Progress) -> dict[str, int]:
     if not arms_left(config, run.tables, live_features(run.tables)):
         return run_explain(config, run.tables, None, progress)
     committer = start_committer(run.tables)
-    deploy(run, {arm.simulator for arm in config.explainers.values()}, llms_used(config), committer)
+    deploy(run, {arm.simulator for arm in config.explainers.values()}, llms_used(config))
     counts = run_explain(config, run.tables, committer, progress)
     for table in ("llm_calls", "candidates", "explanations", "simulations"):
         run.tables.finish(table)
@@ -205,13 +206,11 @@ def explain(run: Run, progress: Progress) -> dict[str, int]:
 
 def score(run: Run, progress: Progress) -> dict[str, int]:
     explainers = [arm_ids(run.config, name)[0] for name in run.config.explainers]
+    add_rule_negatives(run.config, run.tables, ungraded(run.config, run.tables, explainers))
     plan = plan_score(run.config, run.tables, explainers)
     committer = start_committer(run.tables) if plan.blocks else None
-    deploy(run, {simulator for simulator, _ in plan.blocks}, set(), committer)
-    counts = run_score(run.config, run.tables, plan, progress)
-    if committer is not None:
-        ray.get(committer.flush.remote())
-    return counts
+    deploy(run, {simulator for simulator, _ in plan.blocks}, set())
+    return run_score(run.config, run.tables, plan, committer, progress)
 
 
 def report(run: Run, progress: Progress) -> dict[str, int]:

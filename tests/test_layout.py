@@ -12,7 +12,8 @@ ROOT = Path(rayinterp.__file__).parent
 ORDER = [
     "errors", "progress", "config", "pools", "tables", "explanation", "embedded", "prompts", "simulate.simulator",
     "hook_points", "saes", "subject", "planted", "documents", "corpus", "postings", "harvest", "nearest", "projection",
-    "sources", "index", "records", "retrieve", "holistic", "score", "controls", "simulate", "explain", "grade",
+    "sources", "index", "records", "retrieve", "holistic", "score", "controls", "simulate", "explain",
+    "rule_negatives", "grade",
     "report_data", "report_cards", "report", "show", "preflight", "run", "cli",
 ]  # fmt: skip
 """Each module may import from those before it."""
@@ -61,8 +62,8 @@ def test_imports_go_up_the_list():
 
 def test_lance_and_ray_stay_in_their_rooms():
     ray_rooms = {
-        "progress", "pools", "tables", "corpus", "harvest", "index", "records", "holistic", "grade", "run",
-        "simulate.serve", "explain.runner", "explain.local",
+        "progress", "pools", "tables", "corpus", "harvest", "index", "records", "holistic", "rule_negatives",
+        "grade", "run", "simulate.serve", "simulate.client", "explain.runner", "explain.local",
     }  # fmt: skip
     for name, tree in modules():
         top = {imported.split(".")[0] for imported in imports(tree)}

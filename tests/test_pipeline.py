@@ -34,12 +34,13 @@ def copy_of(run, tmp_path):
 
 def test_the_true_explanation_scores_almost_perfectly_on_test(planted_run):
     found = scores(planted_run, "right@")
-    assert len(found) == 3 * 2
-    for row in found.values():
+    assert len(found) == 3 * 3
+    for (_, source), row in found.items():
         assert row["split"] == "test"
         assert row["value"] > 0.95
         assert row["ci_low"] > 0.9
-        assert row["status"] == "ok" and row["num_records"] == 60
+        assert row["status"] == ("wide" if source == "rule_negative" else "ok")
+        assert row["num_records"] == 60 or source == "rule_negative"
         assert row["false_positives_per_sequence"] == 0
     assert all(row["value"] > 0.95 for row in scores(planted_run, "right@", "r2").values())
 
@@ -122,8 +123,10 @@ UPSTREAM_TABLES = (
 )  # fmt: skip
 
 
-def test_the_tables_do_not_depend_on_workers(planted_run, tmp_path):
-    resources = "{num_actors: 2, num_cpus: 0.5}"
+def test_the_tables_do_not_depend_on_workers(planted_run, tmp_path, monkeypatch):
+    """One worker in the shared run, four here, and blocks of features of another size."""
+    monkeypatch.setattr("rayinterp.records.BLOCK", 2)
+    resources = "{num_actors: 4, num_cpus: 0.25}"
     overrides = [f"resources.{stage}={resources}" for stage in ("corpus", "harvest", "index")]
     other = run_all(planted_config(tmp_path / "run", *overrides), ("corpus", "harvest", "index", "records"))
     assert all(planted_run.tables.count(name) > 0 for name in UPSTREAM_TABLES)
@@ -147,7 +150,7 @@ def test_scoring_before_explaining_does_not_settle_anything(planted_run, tmp_pat
     run_stage(run, "score")
     assert not scores(run, "words@")
     run = run_all(config)
-    assert len(scores(run, "words@")) == 3 * 2
+    assert len(scores(run, "words@")) == 3 * 3
 
 
 def test_a_failing_llm_is_an_error_and_its_features_are_left_for_the_next_run(planted_run, tmp_path, monkeypatch):
@@ -183,7 +186,11 @@ def test_a_source_without_records_has_a_row_that_says_so(planted_run):
     work = FeatureWork(feature, {"right@x": FEATURES[0].truth}, {})
     rows = grade(work, "oracle@x", records, simulated, planted_run.config).scores
     statuses = {(row["source"], row["status"]) for row in rows if row["explainer"] and row["scorer"] == "correlation"}
-    assert statuses == {("similar_negative", "no_records"), ("random_negative", "constant_prediction")}
+    assert statuses == {
+        ("similar_negative", "no_records"),
+        ("random_negative", "constant_prediction"),
+        ("rule_negative", "no_records"),
+    }
 
 
 def test_a_changed_upstream_field_is_refused_by_name(planted_run):

@@ -264,11 +264,52 @@ def test_records_are_scaled_by_the_largest_train_activation(planted_run):
     assert top == pytest.approx(5)
 
 
-def test_no_document_is_in_two_splits_of_a_feature(planted_run):
+def test_no_document_and_no_text_is_in_two_splits(planted_run):
     splits = defaultdict(set)
-    for row in planted_run.tables.read("records", ["document_id", "split"]).to_pylist():
+    for row in planted_run.tables.read("records", ["document_id", "tokens", "split"]).to_pylist():
         splits[row["document_id"]].add(row["split"])
+        splits[" ".join("".join(row["tokens"]).split())].add(row["split"])
     assert all(len(found) == 1 for found in splits.values())
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_whatever_the_corpus_no_source_takes_a_document_over_a_split(seed):
+    """A property of all sources: documents of any size, features that share most of them, quotas that run short."""
+    rng = np.random.default_rng(seed)
+    size = int(rng.integers(60, 500))
+    documents = np.sort(rng.integers(0, max(3, size // int(rng.integers(1, 20))), size))
+    split_of_document = rng.choice(3, documents.max() + 1, p=(0.4, 0.3, 0.3))
+    corpus = Corpus(np.arange(size) * 3, documents, split_of_document[documents], np.zeros((size, 2), int))
+    matrix = rng.normal(size=(size, 6)).astype(np.float32)
+    vectors = MemoryVectors(matrix / np.linalg.norm(matrix, axis=1, keepdims=True), corpus.splits)
+    activities = {}
+    for index in range(3):
+        places = np.sort(rng.choice(size, int(rng.integers(1, size)), replace=False))
+        if not (corpus.splits[places] == TRAIN).any():
+            places = np.union1d(places, np.flatnonzero(corpus.splits == TRAIN)[:1])
+        maxima = rng.random(len(places)).astype(np.float32) + 0.01
+        activities[FeatureId("a", index)] = Activity(places, maxima, [], [])
+    neighbours = {
+        feature: [Neighbour(other, 0.5) for other in activities if other != feature] for feature in activities
+    }
+    quota = SplitQuota(positive=int(rng.integers(0, 40)), complementary=int(rng.integers(0, 60)))
+    config = settings(train=quota, valid=quota, test=quota, positive=rng.choice(["top", "quantile", "mix"]))
+    for feature, chosen in choose_block(activities, corpus, vectors, config, seed, neighbours, activities).items():
+        active = set(activities[feature].places.tolist())
+        split_of = defaultdict(set)
+        for (split, source), choice in chosen.items():
+            places = choice.places.tolist()
+            assert len(places) == len(set(places)) <= (quota.positive if source == "positive" else quota.complementary)
+            assert set(corpus.splits[places]) <= {SPLITS.index(split)}
+            for document in documents[places].tolist():
+                split_of[document].add(split)
+            if source == "positive":
+                assert set(places) <= active
+            else:
+                assert not set(places) & set(chosen[split, "positive"].places.tolist())
+            if source.endswith("_negative") or source == "neighbour":
+                assert not set(places) & active
+        assert all(len(splits) == 1 for splits in split_of.values())
 
 
 def test_a_feature_without_records_has_rows_that_say_why(planted_run):
@@ -295,7 +336,7 @@ def test_vectors_of_a_run_come_by_place(planted_run):
     matrix = to_matrix(table)
     places = np.array([7, 3, 3, 2999, 0])
     assert np.array_equal(vectors.gather(places), matrix[places])
-    assert vectors.gather(places[:0]).shape == (0, vectors.dim)
+    assert vectors.gather(places[:0]).shape == (0, 384)
     rebuilt = np.zeros_like(matrix)
     for block in vectors.blocks():
         rebuilt[block.places] = block.vectors
@@ -333,3 +374,10 @@ def test_auto_takes_the_index_from_the_size_that_the_config_names():
     assert [config.uses_index(n) for n in (999, 1000)] == [False, True]
     assert not IndexConfig(search="exact", exact_below=1).uses_index(10)
     assert IndexConfig(search="index").uses_index(1)
+
+
+def test_a_table_without_a_vector_index_is_refused_where_the_config_asks_for_one(planted_run):
+    with pytest.raises(UserError, match=r"no vector index of embeddings.*index stage.*index\.search=exact"):
+        TableVectors(planted_run.tables, load_corpus(planted_run.tables), IndexConfig(search="index"))
+    with pytest.raises(UserError, match="no embeddings; run the index stage"):
+        TableVectors(Tables("nowhere"), load_corpus(planted_run.tables), IndexConfig())

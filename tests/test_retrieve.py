@@ -6,9 +6,9 @@ from sentence_transformers import SentenceTransformer
 
 from rayinterp import embedded
 from rayinterp.errors import UserError
-from rayinterp.index import to_matrix
+from rayinterp.index import check_dimension, to_matrix
 from rayinterp.planted import FEATURES, VOCABULARY, fires
-from rayinterp.retrieve import Retriever, SilentRequest, check_dimension
+from rayinterp.retrieve import Retriever, SilentRequest
 from rayinterp.subject import FeatureId
 
 
@@ -66,7 +66,7 @@ def test_a_request_without_texts_finds_nothing(retriever):
     assert retriever.silent([SilentRequest(FeatureId("planted", 0), (), "train", 5)]) == [[]]
 
 
-def test_an_encoder_of_another_length_is_refused():
-    check_dimension("a", 384, 384)
+def test_an_encoder_of_another_length_is_refused(planted_run):
+    check_dimension("a", 384, planted_run.tables)
     with pytest.raises(UserError, match=r"index\.embedder 'a'.* 768 .* 384"):
-        check_dimension("a", 768, 384)
+        check_dimension("a", 768, planted_run.tables)

@@ -16,9 +16,10 @@ from ray.serve.handle import DeploymentHandle
 from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteriaList
 
 from rayinterp import embedded
-from rayinterp.config import LLMConfig, StageResources
+from rayinterp.config import LLMConfig, ServiceResources
 from rayinterp.explain.client import Generate, LLMReply, LLMRequest
 from rayinterp.harvest import torch_threads
+from rayinterp.simulate.serve import replica_options, run_app
 from rayinterp.subject import pick_device, pick_dtype
 
 
@@ -84,14 +85,10 @@ class LLMReplica:
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._llm.generate, request)
 
 
-def deploy_llm(app: str, config: LLMConfig, resources: StageResources) -> DeploymentHandle:
-    """Starts the replicas of one LLM arm as a Serve app."""
-    replica = LLMReplica.options(  # type: ignore[attr-defined]
-        num_replicas=resources.num_actors,
-        max_ongoing_requests=64,
-        ray_actor_options={"num_cpus": resources.num_cpus, "num_gpus": resources.num_gpus},
-    )
-    return serve.run(replica.bind(config, resources.num_actors), name=app, route_prefix=None)
+def deploy_llm(app: str, config: LLMConfig, resources: ServiceResources) -> DeploymentHandle:
+    """Starts the replicas of one LLM arm as a Serve app, unless they are there."""
+    replica = LLMReplica.options(**replica_options(resources))  # type: ignore[attr-defined]
+    return run_app(replica.bind(config, resources.most_actors), app)
 
 
 def served_client(app: str) -> Generate:

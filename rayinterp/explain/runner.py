@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import ray
 from pydantic import SecretStr
-from ray import serve
 
 from rayinterp.config import (
     LexicalConfig,
@@ -42,14 +41,13 @@ from rayinterp.explanation import Explanation, to_json
 from rayinterp.progress import Progress, silent
 from rayinterp.records import ActivationRecord, load_records
 from rayinterp.score import evaluate
+from rayinterp.simulate.client import SimulateAsync, SimulatorClient
 from rayinterp.simulate.simulator import RuleRequest
 from rayinterp.subject import FeatureId, interleave
 from rayinterp.tables import Tables, sql_in
 
 MAX_FAILURES = 5
 """Features that an LLM fails on before the stage stops asking it."""
-
-SimulateAsync = Callable[[list[RuleRequest]], Awaitable["list[list[np.ndarray]]"]]
 
 
 class Evaluation(NamedTuple):
@@ -239,6 +237,10 @@ class SearchActor:
 
     def __init__(self, config: RunConfig, tables: Tables, committer: Any, keys: dict[str, SecretStr]) -> None:
         self._config, self._tables, self._committer = config, tables, committer
+        self._simulators = {
+            name: SimulatorClient(name, config, tables, committer)
+            for name in {arm.simulator for arm in config.explainers.values()}
+        }
         self._clients = {name: make_client(name, config, keys.get(name)) for name in llms_used(config)}
 
     async def explain(self, feature: FeatureId, arms: list[str], has_llm: bool) -> str | None:
@@ -247,6 +249,8 @@ class SearchActor:
         Returns the first failure of an LLM call: the arm that met it has no rows, and is left for the next run.
         """
         records = await asyncio.to_thread(load_records, self._tables, feature, ("train", "valid"))
+        sequences = [record.sequence for of_split in records.values() for record in of_split]
+        simulators: dict[str, SimulateAsync] = {}
         ledgers: dict[str, Ledger] = {}
         for name in arms:
             arm, ids = self._config.explainers[name], arm_ids(self._config, name)
@@ -254,8 +258,9 @@ class SearchActor:
             if hopeless:
                 await self._commit([], explanation_row(feature, ids, None, hopeless))
                 continue
-            handle = serve.get_app_handle(service_name("simulator", arm.simulator, self._config.run_dir))
-            evaluator = Evaluator(records, handle.simulate.remote, getattr(arm, "num_worst_records", 1))
+            if arm.simulator not in simulators:
+                simulators[arm.simulator] = await self._simulators[arm.simulator].remembering(sequences)
+            evaluator = Evaluator(records, simulators[arm.simulator], getattr(arm, "num_worst_records", 1))
             propose = None
             if isinstance(arm, OneShotConfig):
                 if arm.llm not in ledgers:
@@ -289,7 +294,7 @@ def make_client(name: str, config: RunConfig, key: SecretStr | None) -> Generate
     """The client of one LLM arm; `key` where it has an endpoint."""
     llm = config.llms[name]
     if llm.provider == "local":
-        return served_client(service_name("llm", name, config.run_dir))
+        return served_client(service_name("llm", name, config))
     if llm.provider == "scripted":
         return scripted_client(llm)
     assert key is not None, f"no key for {name}"

@@ -24,6 +24,19 @@ def load_simulator(config: SimulatorConfig) -> Simulator:
         folder = str(embedded.embedder_path(name)) if embedded.is_embedded(name) else name
         return LateInteractionSimulator(folder, batch_size=config.batch_size)
 
+    if config.engine == "vllm":
+        from rayinterp.simulate.vllm import VllmSimulator
+
+        return VllmSimulator(
+            embedded.resolve(config.model),
+            revision=config.revision,
+            dtype=config.dtype,
+            quantization=config.quantization,
+            calibration=config.calibration,
+            num_few_shots=config.num_few_shots,
+            tensor_parallel_size=config.tensor_parallel_size,
+            gpu_memory_utilization=config.gpu_memory_utilization,
+        )
     from rayinterp.simulate.transformers import TransformersSimulator
 
     return TransformersSimulator(
@@ -32,6 +45,7 @@ def load_simulator(config: SimulatorConfig) -> Simulator:
         dtype=config.dtype,
         device=config.device,
         quantization=config.quantization,
+        attn_implementation=config.attn_implementation,
         calibration=config.calibration,
         num_few_shots=config.num_few_shots,
         token_budget=config.token_budget,

@@ -22,6 +22,8 @@ from rayinterp.errors import UserError
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int64
 
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""Kinds of layers, as transformers names them."""
 HEADER = -1
 """Parent of the segments that follow the header directly."""
 
@@ -72,16 +74,88 @@ def pack(segments: Sequence[Segment], header_length: int) -> PackedTree:
     )
 
 
-def block_mask(
-    tree: PackedTree, header_length: int, dtype: torch.dtype, device: torch.device | str = "cpu"
-) -> Float[torch.Tensor, "1 1 new header+new"]:
-    """0 where a token may look and the dtype's minimum elsewhere; every token sees the whole header."""
+def visible(
+    tree: PackedTree, header_length: int, window: int | None = None, device: torch.device | str = "cpu"
+) -> Bool[torch.Tensor, "new header+new"]:
+    """Where each token may look: the header, its own segment and those above, itself and what stands before it.
+
+    Args:
+        window: Positions along the path, its own included, that a token sees back; None for all of them. (Places in
+            the row would not do: between a token and its parent segment lie its siblings.)
+    """
     segments, ancestry = tree.segments.to(device), tree.ancestry.to(device)
     related = ancestry[segments[:, None], segments[None, :]]
     allowed = related.tril()  # an ancestor stands further left, so this is causal order along the path
-    mask = torch.zeros(1, 1, len(segments), header_length + len(segments), dtype=dtype, device=device)
-    mask[0, 0, :, header_length:].masked_fill_(~allowed, torch.finfo(dtype).min)
-    return mask
+    allowed = torch.cat([allowed.new_ones(len(segments), header_length), allowed], dim=1)
+    if window is not None:
+        own = tree.position_ids.to(device)
+        seen = torch.cat([torch.arange(header_length, device=device), own])
+        allowed &= own[:, None] - seen[None, :] < window
+    return allowed
+
+
+def block_mask(
+    tree: PackedTree,
+    header_length: int,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    window: int | None = None,
+) -> Float[torch.Tensor, "1 1 new header+new"]:
+    """`visible` as a mask to be added to attention scores: 0, and the dtype's minimum elsewhere."""
+    allowed = visible(tree, header_length, window, device)
+    mask = torch.zeros(1, 1, *allowed.shape, dtype=dtype, device=device)
+    return mask.masked_fill_(~allowed, torch.finfo(dtype).min)
+
+
+Masks = Any
+"""What a model takes as its attention mask: one, or one for each kind of its layers."""
+
+
+def attention_masks(
+    model: torch.nn.Module, tree: PackedTree, header_length: int, dtype: torch.dtype, device: torch.device | str
+) -> Masks:
+    """The masks that a model's layers need: where some have a sliding window, one mask alone would switch it off."""
+    config = _text_config(model)
+    windows = attention_windows(config)
+    flex = config._attn_implementation == "flex_attention"
+    masks = {
+        kind: flex_mask(tree, header_length, device, window)
+        if flex
+        else block_mask(tree, header_length, dtype, device, window)
+        for kind, window in windows.items()
+    }
+    return masks if getattr(config, "layer_types", None) else masks[FULL]
+
+
+def flex_mask(tree: PackedTree, header_length: int, device: torch.device | str, window: int | None = None) -> Any:
+    """The same for flex attention, which skips the blocks that nothing is visible in and never holds the whole mask."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    segments, ancestry = tree.segments.to(device), tree.ancestry.to(device)
+    positions = torch.cat([torch.arange(header_length), tree.position_ids]).to(device)
+
+    def is_visible(batch: Any, head: Any, query: Any, key: Any) -> Any:
+        del batch, head
+        of_header = key < header_length
+        place = torch.where(of_header, 0, key - header_length)
+        allowed = of_header | (ancestry[segments[query], segments[place]] & (place <= query))
+        if window is not None:
+            allowed = allowed & (positions[query + header_length] - positions[key] < window)
+        return allowed
+
+    num_new = len(segments)
+    return create_block_mask(is_visible, None, None, num_new, header_length + num_new, device=str(device))
+
+
+def attention_windows(config: Any) -> dict[str, int | None]:
+    """By kind of layer, how far back it sees; None for all the way. A model without kinds has `full_attention`."""
+    window = getattr(config, "sliding_window", None)
+    if getattr(config, "use_sliding_window", True) is False:
+        window = None
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        return {kind: window if kind == SLIDING else None for kind in sorted({FULL, *kinds})}
+    return {FULL: window}
 
 
 class Branch(NamedTuple):
@@ -143,7 +217,7 @@ def check_model(model: torch.nn.Module) -> None:
         reasons.append("its forward pass takes no position_ids, so positions cannot continue along a path")
     if getattr(config, "alibi", False) or getattr(config, "position_embedding_type", None) == "alibi":
         reasons.append("it uses ALiBi, which ignores position_ids")
-    kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
+    kinds = set(getattr(config, "layer_types", None) or []) - {FULL, SLIDING}
     if kinds:
         reasons.append(f"it has layers of the kind {', '.join(sorted(kinds))}, which take no attention mask")
     if reasons:
@@ -154,7 +228,7 @@ def check_model(model: torch.nn.Module) -> None:
 
 
 def check_length(model: torch.nn.Module, longest_path: int) -> None:
-    """Refuses paths, header included, that reach beyond the model's positions or its attention window.
+    """Refuses paths, header included, that reach beyond the model's positions.
 
     Raises:
         UserError: gives both lengths.
@@ -166,24 +240,8 @@ def check_length(model: torch.nn.Module, longest_path: int) -> None:
             f"a simulator prompt has {longest_path} tokens and the model ({config.model_type}) has {limit} positions. "
             "Use shorter sequences, fewer few-shots (num_few_shots) or another model"
         )
-    window = _sliding_window(config)
-    if window is not None and longest_path > window:
-        raise UserError(
-            f"a simulator prompt has {longest_path} tokens and the model ({config.model_type}) has layers that see "
-            f"{window} tokens back; packed prompts do not support that yet. Use shorter sequences, fewer few-shots "
-            "(num_few_shots) or a model without sliding windows"
-        )
 
 
 def _text_config(model: torch.nn.Module) -> Any:
     config: Any = model.config
     return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def _sliding_window(config: Any) -> int | None:
-    """Window of the layers that have one; None where attention reaches all the way back."""
-    window = getattr(config, "sliding_window", None)
-    layer_types = getattr(config, "layer_types", None)
-    if window is None or getattr(config, "use_sliding_window", True) is False:
-        return None
-    return window if layer_types is None or "sliding_attention" in layer_types else None

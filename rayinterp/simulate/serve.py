@@ -1,13 +1,13 @@
-"""Simulators as Ray Serve replicas: the only file of `simulate` that imports Ray.
+"""Simulators as Ray Serve replicas.
 
-    searches --simulate(candidate)--> waiting requests --one batch at a time--> engine thread --> predictions
-                                                                                     |
-                                       `simulations` --rows at start--> memo --new rows--> committer
+    clients --answer(what the memo lacks of a candidate)--> queue --merged by tokens--> engine thread --> answers
 
 - A request is a whole candidate: all its rules on all its records. A Serve call costs milliseconds.
 - While the engine computes, requests of other features wait and are then merged into its next call.
 - The engine runs in a thread of its own; the event loop stays free for health checks, `stats` and new requests.
-- LLM engines go through the memo: only pairs never seen are computed, and calibration is applied afterwards.
+- A replica holds a model and nothing else: any of them answers any request, and one that dies takes nothing along.
+
+No port is opened: what is deployed is reached through handles, from within the cluster.
 """
 
 from __future__ import annotations
@@ -15,158 +15,168 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import Iterator
+import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, cast
 
-import numpy as np
 import torch
 from ray import serve
+from ray.util.metrics import Counter, Gauge, Histogram
 
-from rayinterp.config import TransformersSimulatorConfig, arm_id
+from rayinterp.config import LLMSimulatorConfig, arm_id
+from rayinterp.errors import UserError
 from rayinterp.harvest import torch_threads
 from rayinterp.prompts import simulator_messages
 from rayinterp.simulate import load_simulator
-from rayinterp.simulate.simulator import MemoKey, MemoSimulator
 
 if TYPE_CHECKING:
-    from jaxtyping import Float16
-    from ray.actor import ActorHandle
     from ray.serve.handle import DeploymentHandle
 
-    from rayinterp.config import SimulatorConfig, StageResources
-    from rayinterp.simulate.simulator import LogProbEngine, Prediction, RuleRequest, Simulator
-    from rayinterp.tables import Tables
+    from rayinterp.config import ServiceResources, SimulatorConfig
+    from rayinterp.simulate.simulator import LogProbEngine, LogProbs, Prediction, RuleRequest
 
 MAX_ONGOING_REQUESTS = 64
 """Candidates that one replica takes at a time; Serve's default of a few would leave nothing to merge."""
+MERGED_TOKENS = 4096
+"""Tokens of records that one call of the engine takes, or one candidate: more would keep the last of them waiting for
+no gain, since the engine cuts its work into passes anyway."""
+MAX_FAILURES = 3
+"""Calls of the engine that fail one after the other before Serve is told to replace the replica."""
+DRAIN_SECONDS = 600.0
+"""How long a replica that is to go may take to answer what it has."""
 
 
 class SimulatorStats(TypedDict):
     """What one replica has done since it started."""
 
     num_requests: int
-    """Candidates simulated."""
+    """Candidates answered."""
     num_engine_calls: int
     """Calls they were merged into."""
-    num_pairs_simulated: int
+    num_pairs: int
     """(rule, sequence) pairs computed, those of null explanations included."""
-    num_pairs_remembered: int
-    """Pairs that the memo answered."""
 
 
 class _Waiting(NamedTuple):
     """A candidate in the queue, and where its answer goes."""
 
     requests: list[RuleRequest]
-    predictions: asyncio.Future[list[list[Prediction]]]
+    answer: asyncio.Future[Any]
+    since: float
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(sequence.tokens) for request in self.requests for sequence in request.sequences)
 
 
 class SimulatorReplica:
     """One simulator behind a queue; the class that Serve deploys.
 
     Args:
+        name: The arm, for metrics.
         config: The simulator to load.
-        memo_id: Its name in `simulations`, from `memo_id`.
-        tables: Where earlier simulations are.
-        committer: Actor form of `tables.Committer` that takes new simulations; without it they live in memory only.
         num_replicas: Replicas that share a machine's cores.
     """
 
-    def __init__(
-        self,
-        config: SimulatorConfig,
-        memo_id: str,
-        tables: Tables,
-        committer: ActorHandle | None = None,
-        num_replicas: int = 1,
-    ) -> None:
+    def __init__(self, name: str, config: SimulatorConfig, num_replicas: int = 1) -> None:
         engine = load_simulator(config)
-        self._memo: MemoSimulator | None = None
-        if config.engine == "transformers":
-            self._memo = MemoSimulator(cast("LogProbEngine", engine), config.calibration)
-            for key, log_probs in read_simulations(tables, memo_id):
-                self._memo.remember(key, log_probs)
-        self._simulator: Simulator = self._memo or engine
-        self._memo_id = memo_id
-        self._committer = committer
+        self._is_llm = isinstance(config, LLMSimulatorConfig)
+        self._compute = cast("LogProbEngine", engine).log_probs if self._is_llm else engine.simulate
         # Torch counts threads per calling thread, and Ray's default for a share of a CPU is one.
         threads = torch_threads(num_replicas)
         self._thread = ThreadPoolExecutor(1, "simulator", torch.set_num_threads, (threads,))
         self._waiting: list[_Waiting] = []
         self._worker: asyncio.Task[None] | None = None
-        self._num_requests = self._num_engine_calls = self._num_pairs = 0
+        self._num_failures = 0
+        self._stats = SimulatorStats(num_requests=0, num_engine_calls=0, num_pairs=0)
+        self._metrics = _Metrics(name)
 
-    async def simulate(self, requests: list[RuleRequest]) -> list[list[Prediction]]:
-        """Predictions for one candidate, as `Simulator.simulate`."""
-        candidate = _Waiting(requests, asyncio.get_running_loop().create_future())
-        self._waiting.append(candidate)
+    async def answer(self, requests: list[RuleRequest]) -> list[list[LogProbs]] | list[list[Prediction]]:
+        """One array per sequence for each request: log-probabilities from an LLM engine, predictions from others."""
+        waiting = _Waiting(requests, asyncio.get_running_loop().create_future(), time.monotonic())
+        self._waiting.append(waiting)
+        self._metrics.queue.set(len(self._waiting))
         if self._worker is None or self._worker.done():
             self._worker = asyncio.create_task(self._work())
-        return await candidate.predictions
+        # A caller that gives up cancels this, and with it the future: what has not begun is then never computed.
+        return await waiting.answer
 
     async def _work(self) -> None:
-        """One engine call after another, each for all candidates that wait by then."""
-        while self._waiting:
-            batch, self._waiting = self._waiting, []
+        """One call of the engine after another, each for what waits by then."""
+        while batch := self._next_batch():
             await self._answer(batch)
+
+    def _next_batch(self) -> list[_Waiting]:
+        self._waiting = [candidate for candidate in self._waiting if not candidate.answer.done()]
+        num_tokens = num_taken = 0
+        for candidate in self._waiting:
+            num_tokens += candidate.num_tokens
+            if num_taken and num_tokens > MERGED_TOKENS:
+                break
+            num_taken += 1
+        batch, self._waiting = self._waiting[:num_taken], self._waiting[num_taken:]
+        self._metrics.queue.set(len(self._waiting))
+        return batch
 
     async def _answer(self, batch: list[_Waiting]) -> None:
         try:
-            answers = await self._simulate_merged([candidate.requests for candidate in batch])
+            answers = await self._compute_merged([candidate.requests for candidate in batch])
         except Exception as error:
             if len(batch) > 1:  # whoever caused it must not take the others along
                 for candidate in batch:
                     await self._answer([candidate])
-            elif not batch[0].predictions.done():
-                batch[0].predictions.set_exception(error)
+            elif not batch[0].answer.done():
+                self._num_failures += not isinstance(error, UserError)
+                batch[0].answer.set_exception(error)
             return
-        for candidate, predictions in zip(batch, answers, strict=True):
-            if not candidate.predictions.done():  # its caller may have given up
-                candidate.predictions.set_result(predictions)
+        self._num_failures = 0
+        for candidate, answer in zip(batch, answers, strict=True):
+            self._metrics.candidate_seconds.observe(time.monotonic() - candidate.since)
+            if not candidate.answer.done():  # its caller may have given up
+                candidate.answer.set_result(answer)
 
-    async def _simulate_merged(self, candidates: list[list[RuleRequest]]) -> list[list[list[Prediction]]]:
-        loop = asyncio.get_running_loop()
+    async def _compute_merged(self, candidates: list[list[RuleRequest]]) -> list[list[Any]]:
+        loop, start = asyncio.get_running_loop(), time.monotonic()
         requests = list(chain.from_iterable(candidates))
-        predictions = iter(await loop.run_in_executor(self._thread, self._simulator.simulate, requests))
-        self._num_requests += len(candidates)
-        self._num_engine_calls += 1
-        self._num_pairs += sum(len(request.sequences) for request in requests)
-        await self._commit_new()
-        return [list(islice(predictions, len(candidate))) for candidate in candidates]
+        answers = iter(await loop.run_in_executor(self._thread, self._compute, requests))
+        num_tokens = sum(len(sequence.tokens) for request in requests for sequence in request.sequences)
+        self._stats["num_requests"] += len(candidates)
+        self._stats["num_engine_calls"] += 1
+        self._stats["num_pairs"] += sum(len(request.sequences) for request in requests)
+        self._metrics.batch_tokens.observe(num_tokens)
+        self._metrics.tokens.inc(num_tokens)
+        self._metrics.tokens_per_second.set(num_tokens / max(time.monotonic() - start, 1e-9))
+        return [list(islice(answers, len(candidate))) for candidate in candidates]
 
-    async def _commit_new(self) -> None:
-        """Hands new simulations over before anyone sees a score made from them."""
-        if self._memo is None or not self._memo.new:
-            return
-        if self._committer is not None:
-            rows = [
-                {"simulator": self._memo_id, **key._asdict(), "log_probs": log_probs.ravel()}
-                for key, log_probs in self._memo.new.items()
-            ]
-            added: Any = self._committer.add.remote({"simulations": rows})
-            await added
-        self._memo.new.clear()
+    def check_health(self) -> None:
+        """Called by Serve, which replaces a replica that raises: an engine does not recover from a lost device."""
+        if self._num_failures >= MAX_FAILURES:
+            raise RuntimeError(f"the simulator's engine failed {self._num_failures} times in a row")
 
     async def stats(self) -> SimulatorStats:
-        return {
-            "num_requests": self._num_requests,
-            "num_engine_calls": self._num_engine_calls,
-            "num_pairs_simulated": self._memo.num_simulated if self._memo else self._num_pairs,
-            "num_pairs_remembered": self._memo.num_remembered if self._memo else 0,
-        }
+        return self._stats
 
 
-def read_simulations(tables: Tables, memo_id: str) -> Iterator[tuple[MemoKey, Float16[np.ndarray, "values"]]]:
-    """What a simulator computed before, in this run or an interrupted one."""
-    columns = ["rule_hash", "sequence_id", "log_probs"]
-    for batch in tables.read("simulations", columns, f"simulator = '{memo_id}'").to_batches():
-        rule_hashes, sequence_ids = (batch[name].to_pylist() for name in columns[:2])
-        values = batch["log_probs"].flatten().to_numpy(zero_copy_only=False)
-        edges = np.cumsum([0, *batch["log_probs"].value_lengths().to_pylist()])
-        for row, key in enumerate(map(MemoKey, rule_hashes, sequence_ids)):
-            yield key, values[edges[row] : edges[row + 1]]
+class _Metrics:
+    """What a replica publishes, each with the tag `simulator`: `rayinterp_simulator_...`."""
+
+    def __init__(self, simulator: str) -> None:
+        tags = {"simulator": simulator}
+        keys = tuple(tags)
+        self.queue = Gauge("rayinterp_simulator_queue", "Candidates that wait for the engine.", keys)
+        self.tokens = Counter("rayinterp_simulator_tokens", "Tokens of records simulated.", keys)
+        self.tokens_per_second = Gauge(
+            "rayinterp_simulator_tokens_per_second", "Tokens of records per second of the last call.", keys
+        )
+        self.batch_tokens = Histogram(
+            "rayinterp_simulator_batch_tokens", "Tokens of records per call.", [64, 256, 1024, 4096, 16384], keys
+        )
+        self.candidate_seconds = Histogram(
+            "rayinterp_simulator_candidate_seconds", "From request to answer.", [0.01, 0.1, 1, 10, 100, 1000], keys
+        )
+        for metric in (self.queue, self.tokens, self.tokens_per_second, self.batch_tokens, self.candidate_seconds):
+            metric.set_default_tags(tags)
 
 
 def memo_id(name: str, config: SimulatorConfig) -> str:
@@ -174,28 +184,47 @@ def memo_id(name: str, config: SimulatorConfig) -> str:
 
     A dtype of `auto` counts as such: machines that resolve it differently share a memo.
     """
-    if not isinstance(config, TransformersSimulatorConfig):
+    if not isinstance(config, LLMSimulatorConfig):
         return arm_id(name, config)
-    content = [
-        [config.model, config.revision, config.dtype, config.quantization],
-        simulator_messages("", config.num_few_shots),
-    ]
+    weights = [getattr(config, field) for field in ("engine", "model", "revision", "dtype", "quantization")]
+    content = [weights, simulator_messages("", config.num_few_shots)]
     return f"{name}@{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8]}"
 
 
-def deploy_simulator(
-    name: str,
-    config: SimulatorConfig,
-    resources: StageResources,
-    tables: Tables,
-    committer: ActorHandle | None = None,
-    app: str | None = None,
-) -> DeploymentHandle:
-    """Starts the replicas of one simulator arm as a Serve app (`simulator-<name>` by default), and waits for them."""
-    deployment = serve.deployment(SimulatorReplica).options(
-        num_replicas=resources.num_actors,
-        max_ongoing_requests=MAX_ONGOING_REQUESTS,
-        ray_actor_options={"num_cpus": resources.num_cpus, "num_gpus": resources.num_gpus},
+def deploy_simulator(name: str, config: SimulatorConfig, resources: ServiceResources, app: str) -> DeploymentHandle:
+    """Starts the replicas of one simulator arm as a Serve app, unless they are there."""
+    bound = (
+        serve.deployment(SimulatorReplica)
+        .options(**replica_options(resources))
+        .bind(name, config, resources.most_actors)
     )
-    bound = deployment.bind(config, memo_id(name, config), tables, committer, resources.num_actors)
-    return serve.run(bound, name=app or f"simulator-{name}", route_prefix=None)
+    return run_app(bound, app)
+
+
+def replica_options(resources: ServiceResources) -> dict[str, Any]:
+    """How Serve is to run the replicas of a model: a fixed number, or as many as the requests in hand call for."""
+    options: dict[str, Any] = {
+        "max_ongoing_requests": MAX_ONGOING_REQUESTS,
+        "graceful_shutdown_timeout_s": DRAIN_SECONDS,
+        "ray_actor_options": {"num_cpus": resources.num_cpus, "num_gpus": resources.num_gpus},
+    }
+    if resources.max_actors is None:
+        return options | {"num_replicas": resources.num_actors}
+    return options | {
+        "autoscaling_config": {
+            "min_replicas": resources.num_actors,
+            "max_replicas": resources.max_actors,
+            "target_ongoing_requests": resources.target_ongoing,
+            "upscale_delay_s": resources.upscale_seconds,
+            "downscale_delay_s": resources.idle_seconds,
+        }
+    }
+
+
+def run_app(bound: Any, app: str) -> DeploymentHandle:
+    """Deploys an app and waits until it is ready; one that runs already, for another stage, is kept."""
+    running = serve.status().applications.get(app)
+    if running is not None and running.status == "RUNNING":
+        return serve.get_app_handle(app)
+    serve.start(proxy_location="Disabled")
+    return serve.run(bound, name=app, route_prefix=None)

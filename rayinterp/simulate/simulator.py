@@ -120,14 +120,17 @@ def calibrate(
     return expected_value(np.log(probabilities(rule_log_probs) + 1e-6) - np.log(null + 1e-6))
 
 
-def simulate_with(
-    log_probs: Callable[[list[RuleRequest]], list[list[LogProbs]]], requests: list[RuleRequest], method: Calibration
+def with_nulls(requests: list[RuleRequest], method: Calibration) -> list[RuleRequest]:
+    """The requests, and behind them every null explanation on their sequences where the calibration needs it."""
+    return requests if method == "none" else [*requests, *null_requests(s for r in requests for s in r.sequences)]
+
+
+def calibrated(
+    requests: list[RuleRequest], answers: list[list[LogProbs]], method: Calibration
 ) -> list[list[Prediction]]:
-    """Calibrated predictions from any source of log-probabilities, which is asked for the nulls in the same call."""
-    nulls = [] if method == "none" else null_requests(s for request in requests for s in request.sequences)
-    answers = log_probs([*requests, *nulls])
+    """Predictions for `requests` from the log-probabilities of `with_nulls(requests, method)`."""
     of_sequence: dict[TokenSequence, list[LogProbs]] = {}
-    for null, answer in zip(nulls, answers[len(requests) :], strict=True):
+    for null, answer in zip(with_nulls(requests, method)[len(requests) :], answers[len(requests) :], strict=True):
         for sequence, values in zip(null.sequences, answer, strict=True):
             of_sequence.setdefault(sequence, []).append(values)
     return [
@@ -137,6 +140,13 @@ def simulate_with(
         ]
         for request, answer in zip(requests, answers, strict=False)
     ]
+
+
+def simulate_with(
+    log_probs: Callable[[list[RuleRequest]], list[list[LogProbs]]], requests: list[RuleRequest], method: Calibration
+) -> list[list[Prediction]]:
+    """Calibrated predictions from any source of log-probabilities, which is asked for the nulls in the same call."""
+    return calibrated(requests, log_probs(with_nulls(requests, method)), method)
 
 
 def null_requests(sequences: Iterable[TokenSequence]) -> list[RuleRequest]:
@@ -152,50 +162,41 @@ class MemoKey(NamedTuple):
     sequence_id: int
 
 
-class MemoSimulator:
-    """An LLM engine that computes no (rule, sequence) pair twice, null explanations included.
+class Memo:
+    """Pairs of one LLM simulator that need not be simulated again, null explanations included.
 
     Log-probabilities are kept as float16, as the table `simulations` keeps them, and every prediction is made from
     what is kept: a resumed run gets the same numbers as the run that computed them.
     """
 
-    def __init__(self, engine: LogProbEngine, method: Calibration) -> None:
-        self._engine = engine
-        self._method: Calibration = method
-        self._memo: dict[MemoKey, Float16[np.ndarray, "seq 6"]] = {}
-        self.new: dict[MemoKey, Float16[np.ndarray, "seq 6"]] = {}
-        """What the engine computed, until whoever writes it to a table clears it."""
-        self.num_remembered = 0
-        """Pairs, nulls included, that were asked for and already known."""
-        self.num_simulated = 0
-        """Pairs, nulls included, that the engine computed."""
+    def __init__(self) -> None:
+        self._known: dict[MemoKey, Float16[np.ndarray, "seq 6"]] = {}
 
     def remember(self, key: MemoKey, log_probs: Float[np.ndarray, "..."]) -> None:
-        """Takes a simulation made before; the first one wins."""
-        self._memo.setdefault(key, np.asarray(log_probs, dtype=np.float16).reshape(-1, NUM_DIGITS))
+        """Takes a simulation; the first one of a pair wins."""
+        self._known.setdefault(key, np.asarray(log_probs, dtype=np.float16).reshape(-1, NUM_DIGITS))
 
-    def simulate(self, requests: list[RuleRequest]) -> list[list[Prediction]]:
-        return simulate_with(self._log_probs, requests, self._method)
-
-    def _log_probs(self, requests: list[RuleRequest]) -> list[list[LogProbs]]:
-        missing = self._missing(requests)
-        for request, answers in zip(missing, self._engine.log_probs(missing) if missing else [], strict=True):
-            for key, log_probs in zip(_keys(request), answers, strict=True):
-                self.remember(key, log_probs)
-                self.new[key] = self._memo[key]
-        num_missing = sum(len(request.sequences) for request in missing)
-        self.num_simulated += num_missing
-        self.num_remembered += sum(len(request.sequences) for request in requests) - num_missing
-        return [[self._memo[key].astype(np.float32) for key in _keys(request)] for request in requests]
-
-    def _missing(self, requests: list[RuleRequest]) -> list[RuleRequest]:
-        """The part of the requests that is not remembered, each pair once."""
+    def missing(self, requests: list[RuleRequest]) -> list[RuleRequest]:
+        """The part of the requests that is not known, each pair once."""
         wanted: dict[str, dict[MemoKey, TokenSequence]] = {}
         for request in requests:
             for key, sequence in zip(_keys(request), request.sequences, strict=True):
-                if key not in self._memo:
+                if key not in self._known:
                     wanted.setdefault(request.rule, {})[key] = sequence
         return [RuleRequest(rule, tuple(sequences.values())) for rule, sequences in wanted.items()]
+
+    def add(
+        self, requests: list[RuleRequest], answers: list[list[LogProbs]]
+    ) -> dict[MemoKey, Float16[np.ndarray, "seq 6"]]:
+        """Takes what an engine answered; returns it as it is kept."""
+        keys = [key for request in requests for key in _keys(request)]
+        for key, log_probs in zip(keys, (values for answer in answers for values in answer), strict=True):
+            self.remember(key, log_probs)
+        return {key: self._known[key] for key in keys}
+
+    def log_probs(self, requests: list[RuleRequest]) -> list[list[LogProbs]]:
+        """What is known of requests of which nothing is missing."""
+        return [[self._known[key].astype(np.float32) for key in _keys(request)] for request in requests]
 
 
 def _keys(request: RuleRequest) -> list[MemoKey]:

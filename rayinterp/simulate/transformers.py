@@ -56,6 +56,8 @@ class TransformersSimulator:
         dtype: `float32`, `bfloat16`, or `auto`: bfloat16 where the hardware has it.
         device: `cuda`, `cpu` or `auto`.
         quantization: By bitsandbytes.
+        attn_implementation: `eager`, `sdpa` or `flex_attention` (for CUDA: it skips what may not be seen); the model's
+            own choice where None.
         calibration: Used by `simulate`; `log_probs` are never calibrated.
         num_few_shots: Worked examples in the header.
         token_budget: Tokens in one pass, the header not counted.
@@ -72,6 +74,7 @@ class TransformersSimulator:
         dtype: str = "auto",
         device: str = "auto",
         quantization: Quantization = "none",
+        attn_implementation: str | None = None,
         calibration: Calibration = "difference",
         num_few_shots: int = 3,
         token_budget: int = 2048,
@@ -81,8 +84,9 @@ class TransformersSimulator:
         self._calibration: Calibration = calibration
         self._token_budget = token_budget
         self._prompt = PromptTokens(AutoTokenizer.from_pretrained(model, revision=revision), num_few_shots)
+        options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
         self._model = load_language_model(
-            AutoModelForCausalLM, model, revision, self._dtype, self._device, quantization
+            AutoModelForCausalLM, model, revision, self._dtype, self._device, quantization, **options
         )
         prompt_tree.check_model(self._model)
         prompt_tree.check_length(self._model, self.header_length)
@@ -125,7 +129,9 @@ class TransformersSimulator:
         logits = self._model(
             input_ids=tree.ids[None].to(self._device),
             position_ids=tree.position_ids[None].to(self._device),
-            attention_mask=prompt_tree.block_mask(tree, self.header_length, self._dtype, self._device),
+            attention_mask=prompt_tree.attention_masks(
+                self._model, tree, self.header_length, self._dtype, self._device
+            ),
             past_key_values=DynamicCache(self._header_kv),  # shares the header's tensors, and grows without them
             use_cache=True,
         ).logits[0]

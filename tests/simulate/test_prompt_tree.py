@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rayinterp.simulate.prompt_tree import HEADER, Branch, Segment, block_mask, pack, plan_passes
+from rayinterp.simulate.prompt_tree import HEADER, Branch, Segment, block_mask, flex_mask, pack, plan_passes, visible
 
 
 def test_positions_continue_along_the_path_and_siblings_do_not_meet():
@@ -25,6 +25,30 @@ def test_positions_continue_along_the_path_and_siblings_do_not_meet():
     ]
     assert (mask[0, 0, :, :10] == 0).all()
     assert mask.min() == torch.finfo(torch.float32).min
+
+
+def test_a_window_is_counted_along_the_path():
+    """To the second child its parent is as near as to the first, whatever lies between them in the row."""
+    tree = pack([Segment([1, 2]), Segment([3, 4], 0), Segment([5, 6], 0)], 3)
+    allowed = visible(tree, 3, window=3).int().tolist()
+    assert allowed == [
+        [0, 1, 1, 1, 0, 0, 0, 0, 0],
+        [0, 0, 1, 1, 1, 0, 0, 0, 0],
+        [0, 0, 0, 1, 1, 1, 0, 0, 0],
+        [0, 0, 0, 0, 1, 1, 1, 0, 0],
+        [0, 0, 0, 1, 1, 0, 0, 1, 0],
+        [0, 0, 0, 0, 1, 0, 0, 1, 1],
+    ]
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_flex_attention_is_shown_the_same(window):
+    tree = pack([Segment([1, 2]), Segment([3, 4], 0), Segment([5, 6], 0), Segment([7]), Segment([8, 9], 3)], 6)
+    allowed = visible(tree, 6, window)
+    seen = flex_mask(tree, 6, "cpu", window).mask_mod
+    for query in range(allowed.shape[0]):
+        for key in range(allowed.shape[1]):
+            assert bool(seen(0, 0, torch.tensor(query), torch.tensor(key))) == bool(allowed[query, key])
 
 
 def test_parents_come_first():

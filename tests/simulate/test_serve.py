@@ -1,18 +1,25 @@
-"""The deployed simulator: merged calls, and a memo that outlives the replica."""
+"""The deployed simulator: merged calls, a memo that outlives replicas, and what becomes of requests that are lost."""
 
 import asyncio
+import os
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import ray
 from ray import serve
+from ray.exceptions import ActorDiedError
+from ray.serve.exceptions import BackPressureError
 
-from rayinterp.config import LateInteractionConfig, StageResources, TransformersSimulatorConfig
+from rayinterp.config import LateInteractionConfig, ServiceResources, TransformersSimulatorConfig, VllmSimulatorConfig
 from rayinterp.errors import UserError
-from rayinterp.simulate.serve import SimulatorReplica, deploy_simulator, memo_id, read_simulations
+from rayinterp.simulate import client
+from rayinterp.simulate.client import SimulatorClient, read_simulations
+from rayinterp.simulate.serve import MERGED_TOKENS, SimulatorReplica, deploy_simulator, memo_id, replica_options
 from rayinterp.simulate.simulator import NULL_EXPLANATIONS, RuleRequest, TokenSequence
 from rayinterp.tables import Committer, Tables
+from tests.conftest import planted_config
 from tests.simulate.tiny_simulators import save_model
 
 SEQUENCES = (
@@ -21,10 +28,16 @@ SEQUENCES = (
 )
 CANDIDATE = [RuleRequest("the word 'ago'", SEQUENCES), RuleRequest("ships", SEQUENCES)]
 NUM_PAIRS = len(SEQUENCES) * (2 + len(NULL_EXPLANATIONS))
+RESOURCES = ServiceResources(num_cpus=0.1)
 
 
 def tiny_config(folder, **changes) -> TransformersSimulatorConfig:
     return TransformersSimulatorConfig(model=save_model(folder), dtype="float32", num_few_shots=1, **changes)
+
+
+def tiny_client(run_dir, arm, handle, committer) -> SimulatorClient:
+    config = planted_config(run_dir).model_copy(update={"simulators": {"tiny": arm}})
+    return SimulatorClient("tiny", config, Tables(str(run_dir)), committer, handle)
 
 
 def assert_same(one: list[list[np.ndarray]], two: list[list[np.ndarray]]) -> None:
@@ -32,27 +45,8 @@ def assert_same(one: list[list[np.ndarray]], two: list[list[np.ndarray]]) -> Non
         np.testing.assert_array_equal(x, y)
 
 
-async def test_a_deployed_simulator_leaves_nothing_to_compute_twice(ray_session, tmp_path):
-    config, tables = tiny_config(tmp_path / "model"), Tables(str(tmp_path / "run"))
-    committer = ray.remote(Committer).options(num_cpus=0).remote(tables)
-    handle = deploy_simulator("tiny", config, StageResources(num_cpus=0.1), tables, committer)
-    first, again = await asyncio.gather(*(handle.simulate.remote(CANDIDATE) for _ in range(2)))
-    stats = await handle.stats.remote()
-    serve.delete("simulator-tiny")
-    await committer.flush.remote()
-    assert stats["num_requests"] == 2
-    assert stats["num_pairs_simulated"] == NUM_PAIRS == tables.count("simulations")
-    assert_same(first, again)
-
-    resumed = SimulatorReplica(config, memo_id("tiny", config), tables)
-    assert_same(first, await resumed.simulate(CANDIDATE))
-    stats = await resumed.stats()
-    assert stats["num_pairs_simulated"] == 0
-    assert stats["num_pairs_remembered"] == NUM_PAIRS
-
-
 def local_committer(tables: Tables) -> SimpleNamespace:
-    """What a replica needs of a `Committer` actor, in this process."""
+    """What a client needs of a `Committer` actor, in this process."""
     committer = Committer(tables)
 
     async def add(rows):
@@ -62,58 +56,177 @@ def local_committer(tables: Tables) -> SimpleNamespace:
     return SimpleNamespace(add=SimpleNamespace(remote=add))
 
 
-async def test_waiting_candidates_are_merged_and_simulated_once(tmp_path):
-    config, tables = tiny_config(tmp_path / "model"), Tables(str(tmp_path / "run"))
-    replica = SimulatorReplica(config, memo_id("tiny", config), tables, local_committer(tables))
-    answers = await asyncio.gather(*(replica.simulate(CANDIDATE[: 1 + i % 2]) for i in range(6)))
+def local_handle(replica: SimulatorReplica) -> SimpleNamespace:
+    return SimpleNamespace(answer=SimpleNamespace(remote=replica.answer))
+
+
+async def test_what_a_deployed_simulator_has_answered_is_never_asked_again(ray_session, tmp_path):
+    arm, tables = tiny_config(tmp_path / "model"), Tables(str(tmp_path / "run"))
+    committer = ray.remote(Committer).options(num_cpus=0).remote(tables)
+    handle = deploy_simulator("tiny", arm, RESOURCES, "simulator-tiny")
+    assert deploy_simulator("tiny", arm, RESOURCES, "simulator-tiny") is not None  # it runs already, and is kept
+    simulate = await tiny_client(tmp_path / "run", arm, handle, committer).remembering(SEQUENCES)
+    first, again = await simulate(CANDIDATE), await simulate(CANDIDATE[:1])
+    stats = await handle.stats.remote()
+    await committer.flush.remote()
+    assert stats["num_pairs"] == NUM_PAIRS == tables.count("simulations")
+    assert_same(first[:1], again)
+
+    resumed = await tiny_client(tmp_path / "run", arm, handle, committer).remembering(SEQUENCES)
+    assert_same(first, await resumed(CANDIDATE))
+    assert (await handle.stats.remote())["num_pairs"] == NUM_PAIRS
+    serve.delete("simulator-tiny")
+
+
+async def test_calibrations_share_a_memo(tmp_path):
+    arm, tables = tiny_config(tmp_path / "model"), Tables(str(tmp_path / "run"))
+    ratio = arm.model_copy(update={"calibration": "ratio", "token_budget": 64, "num_features": 3})
+    assert memo_id("tiny", arm) == memo_id("tiny", ratio)
+    replica = SimulatorReplica("tiny", arm)
+    for one in (arm, ratio):
+        a_client = tiny_client(tmp_path / "run", one, local_handle(replica), local_committer(tables))
+        await (await a_client.remembering(SEQUENCES))(CANDIDATE)
+    assert (await replica.stats())["num_pairs"] == NUM_PAIRS == tables.count("simulations")
+
+
+async def test_waiting_candidates_are_merged_up_to_a_number_of_tokens(tmp_path):
+    replica = SimulatorReplica("words", LateInteractionConfig(embedder="embedded/minilm-l6"))
+    answers = await asyncio.gather(*(replica.answer(CANDIDATE[: 1 + i % 2]) for i in range(6)))
     stats = await replica.stats()
     assert [len(answer) for answer in answers] == [1, 2] * 3
-    assert stats["num_requests"] == 6
-    assert stats["num_engine_calls"] < 6
-    assert stats["num_pairs_simulated"] == NUM_PAIRS == tables.count("simulations")
+    assert stats["num_requests"] == 6 and stats["num_engine_calls"] < 6
     for answer in answers:
-        assert_same(answer, answers[1][: len(answer)])
+        for one, expected in zip(answer, answers[1], strict=False):
+            for x, y in zip(one, expected, strict=True):
+                np.testing.assert_allclose(x, y, atol=1e-5)
+
+    large = [RuleRequest("ships", (TokenSequence(3, (" ship",) * (MERGED_TOKENS // 3)),))]
+    before = stats["num_engine_calls"]
+    await asyncio.gather(*(replica.answer(large) for _ in range(6)))
+    assert (await replica.stats())["num_engine_calls"] == before + 2
 
 
-async def test_the_event_loop_is_free_while_the_engine_computes(tmp_path, monkeypatch):
-    config = LateInteractionConfig(embedder="embedded/minilm-l6")
-    replica = SimulatorReplica(config, memo_id("words", config), Tables(str(tmp_path)))
+async def test_a_candidate_that_nobody_waits_for_is_not_computed(tmp_path, monkeypatch):
+    replica = SimulatorReplica("words", LateInteractionConfig(embedder="embedded/minilm-l6"))
     loop, engine_started, finish = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
-    simulate = replica._simulator.simulate
+    compute = replica._compute
 
     def wait_for_the_test(requests):
         loop.call_soon_threadsafe(engine_started.set)
         asyncio.run_coroutine_threadsafe(finish.wait(), loop).result(timeout=30)
-        return simulate(requests)
+        return compute(requests)
 
-    monkeypatch.setattr(replica._simulator, "simulate", wait_for_the_test)
-    answer = asyncio.ensure_future(replica.simulate(CANDIDATE))
+    monkeypatch.setattr(replica, "_compute", wait_for_the_test)
+    first = asyncio.ensure_future(replica.answer(CANDIDATE))
     await asyncio.wait_for(engine_started.wait(), 30)
     assert (await replica.stats())["num_requests"] == 0  # answered although the engine is busy
+    second, third = (asyncio.ensure_future(replica.answer(CANDIDATE)) for _ in range(2))
+    await asyncio.sleep(0)
+    second.cancel()
+    await asyncio.sleep(0)
     finish.set()
-    assert int((await answer)[0][0].argmax()) == 2
-    assert (await replica.stats())["num_pairs_simulated"] == 4
+    assert int((await first)[0][0].argmax()) == 2
+    await third
+    assert second.cancelled()
+    assert (await replica.stats())["num_pairs"] == 2 * 4
 
 
-async def test_a_failing_candidate_fails_alone(tmp_path):
-    config = tiny_config(tmp_path / "model")
-    replica = SimulatorReplica(config, memo_id("tiny", config), Tables(str(tmp_path)))
+async def test_a_failing_candidate_fails_alone_and_an_engine_that_always_fails_is_replaced(tmp_path, monkeypatch):
+    replica = SimulatorReplica("tiny", tiny_config(tmp_path / "model"))
     too_long = [RuleRequest("r", (TokenSequence(3, (" word",) * 1000),))]
     good, bad, also_good = await asyncio.gather(
-        *(replica.simulate(candidate) for candidate in (CANDIDATE, too_long, CANDIDATE)), return_exceptions=True
+        *(replica.answer(candidate) for candidate in (CANDIDATE, too_long, CANDIDATE)), return_exceptions=True
     )
     assert isinstance(bad, UserError)
-    assert_same(good, also_good)
+    for one, two in zip(good, also_good, strict=True):
+        for x, y in zip(one, two, strict=True):
+            np.testing.assert_allclose(x, y, atol=1e-4)
+    replica.check_health()
+
+    def lost_device(requests):
+        raise RuntimeError("device lost")
+
+    monkeypatch.setattr(replica, "_compute", lost_device)
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="device lost"):
+            await replica.answer(CANDIDATE)
+    with pytest.raises(RuntimeError, match="failed 3 times"):
+        replica.check_health()
 
 
-async def test_calibrations_share_a_memo(tmp_path):
-    config, tables = tiny_config(tmp_path / "model"), Tables(str(tmp_path / "run"))
-    ratio = config.model_copy(update={"calibration": "ratio", "token_budget": 64, "num_features": 3})
-    assert memo_id("tiny", config) == memo_id("tiny", ratio)
-    await SimulatorReplica(config, memo_id("tiny", config), tables, local_committer(tables)).simulate(CANDIDATE)
-    replica = SimulatorReplica(ratio, memo_id("tiny", ratio), tables)
-    await replica.simulate(CANDIDATE)
-    assert (await replica.stats())["num_pairs_simulated"] == 0
+class Flaky:
+    """A handle whose first calls are lost."""
+
+    def __init__(self, *errors: Exception) -> None:
+        self.errors, self.calls, self.answer = list(errors), 0, SimpleNamespace(remote=self._answer)
+
+    async def _answer(self, requests):
+        self.calls += 1
+        if self.errors:
+            raise self.errors.pop(0)
+        return [[np.zeros((len(s.tokens), 6), np.float32) for s in r.sequences] for r in requests]
+
+
+async def test_a_lost_request_is_sent_again_and_a_wrong_one_is_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(client, "FIRST_PAUSE", 0.001)
+    arm = TransformersSimulatorConfig(model="m")
+    committer = local_committer(Tables(str(tmp_path)))
+
+    async def ask(handle):
+        return await (await tiny_client(tmp_path / "run", arm, handle, committer).remembering(SEQUENCES))(CANDIDATE)
+
+    flaky = Flaky(ActorDiedError(), BackPressureError(0, 0), ActorDiedError())
+    assert len(await ask(flaky)) == 2 and flaky.calls == 4
+    dead = Flaky(*[ActorDiedError()] * 99)
+    with pytest.raises(UserError, match=f"{client.MAX_ATTEMPTS} attempts"):
+        await ask(dead)
+    wrong = Flaky(ValueError("no such rule"))
+    with pytest.raises(ValueError, match="no such rule"):
+        await ask(wrong)
+    assert wrong.calls == 1
+
+
+@pytest.mark.parametrize("num_kills", [2, pytest.param(10, marks=pytest.mark.slow)])
+async def test_replicas_that_are_killed_under_load_lose_no_request_and_change_no_answer(
+    ray_session, tmp_path, num_kills
+):
+    """Whichever replica is there, while searches keep asking."""
+    arm, app = LateInteractionConfig(embedder="embedded/minilm-l6"), "simulator-killed"
+    handle = deploy_simulator("words", arm, ServiceResources(num_cpus=0.1, num_actors=2), app)
+    a_client = tiny_client(tmp_path / "run", arm, handle, local_committer(Tables(str(tmp_path))))
+    simulate = await a_client.remembering(SEQUENCES)
+    quiet = await simulate(CANDIDATE)
+    done = asyncio.Event()
+    answers: list[list[list[np.ndarray]]] = []
+
+    async def search():
+        while not done.is_set():
+            answers.append(await simulate(CANDIDATE))
+
+    searches = [asyncio.create_task(search()) for _ in range(8)]
+    for _ in range(num_kills):
+        before = len(answers)
+        pids = [p.pid for p in psutil.process_iter(["cmdline"]) if f":{app}:" in " ".join(p.info["cmdline"] or [])]
+        if pids:
+            os.kill(pids[0], 9)
+        while len(answers) < before + 20:
+            await asyncio.sleep(0.05)
+    done.set()
+    await asyncio.gather(*searches)
+    serve.delete(app)
+    assert len(answers) >= 20 * num_kills
+    for answer in answers:
+        assert_same(answer, quiet)
+
+
+def test_a_service_that_may_grow_is_steered_by_what_it_has_in_hand():
+    assert replica_options(ServiceResources(num_actors=2))["num_replicas"] == 2
+    grows = replica_options(ServiceResources(num_actors=0, max_actors=4, target_ongoing=3, idle_seconds=9))
+    assert "num_replicas" not in grows
+    assert grows["autoscaling_config"]["min_replicas"] == 0 and grows["autoscaling_config"]["max_replicas"] == 4
+    assert grows["autoscaling_config"]["target_ongoing_requests"] == 3
+    with pytest.raises(ValueError, match="nobody would answer"):
+        ServiceResources(num_actors=0)
 
 
 @pytest.mark.parametrize(
@@ -123,15 +236,18 @@ def test_a_memo_belongs_to_what_its_values_depend_on(change):
     config = TransformersSimulatorConfig(model="model", num_few_shots=1)
     assert memo_id("tiny", config) != memo_id("tiny", config.model_copy(update=change))
     assert memo_id("tiny", config).startswith("tiny@")
+    assert memo_id("tiny", config) != memo_id("tiny", VllmSimulatorConfig(model="model", num_few_shots=1))
+    for how in ({"token_budget": 7}, {"calibration": "none"}, {"attn_implementation": "eager"}, {"max_pairs": 3}):
+        assert memo_id("tiny", config) == memo_id("tiny", config.model_copy(update=how))
 
 
 def test_simulations_read_back_as_they_were_written(tmp_path):
     tables = Tables(str(tmp_path))
-    values = np.random.default_rng(0).normal(size=(2, 12)).astype(np.float16)
+    values = np.random.default_rng(0).normal(size=(3, 12)).astype(np.float16)
     rows = [{"simulator": "s@1", "rule_hash": "r", "sequence_id": i, "log_probs": v} for i, v in enumerate(values)]
     tables.append("simulations", [*rows, {**rows[0], "simulator": "other@1", "log_probs": values[1][:6]}])
-    read = dict(read_simulations(tables, "s@1"))
+    read = dict(read_simulations(tables, "s@1", [0, 1, 9]))
     assert [(key.rule_hash, key.sequence_id) for key in read] == [("r", 0), ("r", 1)]
     for key, log_probs in read.items():
         np.testing.assert_array_equal(log_probs, values[key.sequence_id])
-    assert not list(read_simulations(tables, "absent@1"))
+    assert not list(read_simulations(tables, "absent@1", [0]))

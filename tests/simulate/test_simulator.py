@@ -7,14 +7,17 @@ from rayinterp.explanation import Rule
 from rayinterp.simulate.simulator import (
     CONTROL_NULLS,
     NULL_EXPLANATIONS,
+    Calibration,
+    Memo,
     MemoKey,
-    MemoSimulator,
     RuleRequest,
     TokenSequence,
     calibrate,
+    calibrated,
     combine,
     expected_value,
     rules_to_requests,
+    with_nulls,
 )
 
 A, B = TokenSequence(1, (" a", " b")), TokenSequence(2, (" c", " d", " e"))
@@ -80,46 +83,64 @@ class CountingEngine:
         return (logits - np.log(np.exp(logits).sum(-1, keepdims=True))).astype(np.float32)
 
 
-def test_no_pair_is_computed_twice():
-    engine = CountingEngine()
-    memo = MemoSimulator(engine, "difference")
-    first = memo.simulate([RuleRequest("r", (A, B)), RuleRequest("r", (A,))])
-    assert len(engine.pairs) == len(set(engine.pairs)) == 2 * (1 + len(NULL_EXPLANATIONS))
-    assert memo.num_simulated == len(engine.pairs)
+def simulate(memo: Memo, engine: CountingEngine, requests: list[RuleRequest], method: Calibration):
+    """What a client does with a memo and an engine; returns predictions and what was new."""
+    wanted = with_nulls(requests, method)
+    missing = memo.missing(wanted)
+    new = memo.add(missing, engine.log_probs(missing))
+    return calibrated(requests, memo.log_probs(wanted), method), new
 
-    second = memo.simulate([RuleRequest("r", (A, B)), RuleRequest("r", (A,))])
-    assert len(engine.pairs) == memo.num_simulated
+
+def test_no_pair_is_computed_twice():
+    engine, memo = CountingEngine(), Memo()
+    first, _ = simulate(memo, engine, [RuleRequest("r", (A, B)), RuleRequest("r", (A,))], "difference")
+    assert len(engine.pairs) == len(set(engine.pairs)) == 2 * (1 + len(NULL_EXPLANATIONS))
+
+    num_pairs = len(engine.pairs)
+    second, _ = simulate(memo, engine, [RuleRequest("r", (A, B)), RuleRequest("r", (A,))], "difference")
+    assert len(engine.pairs) == num_pairs
     assert [len(answer) for answer in second] == [2, 1]
     for one, two in zip(first, second, strict=True):
         for x, y in zip(one, two, strict=True):
             np.testing.assert_array_equal(x, y)
 
-    memo.simulate([RuleRequest("other rule", (A,))])
-    assert engine.pairs[memo.num_simulated - 1 :] == [("other rule", A.sequence_id)]
+    simulate(memo, engine, [RuleRequest("other rule", (A,))], "difference")
+    assert engine.pairs[num_pairs:] == [("other rule", A.sequence_id)]
 
 
 def test_a_resumed_memo_gives_the_same_numbers():
     requests = [RuleRequest("r", (A, B))]
-    whole = MemoSimulator(CountingEngine(), "ratio")
-    expected = whole.simulate(requests)
-    rows = dict(whole.new)
-    whole.new.clear()
-    whole.simulate(requests)
-    assert not whole.new, "remembered pairs are not new"
+    memo = Memo()
+    expected, rows = simulate(memo, CountingEngine(), requests, "ratio")
+    assert len(rows) == 2 * (1 + len(NULL_EXPLANATIONS))
+    assert not simulate(memo, CountingEngine(), requests, "ratio")[1], "remembered pairs are not new"
 
-    engine = CountingEngine()
-    resumed = MemoSimulator(engine, "ratio")
+    engine, resumed = CountingEngine(), Memo()
     for key, values in rows.items():
         assert values.dtype == np.float16
         resumed.remember(key, values.ravel())  # as the table keeps them
-    for x, y in zip(expected[0], resumed.simulate(requests)[0], strict=True):
+    for x, y in zip(expected[0], simulate(resumed, engine, requests, "ratio")[0][0], strict=True):
         np.testing.assert_array_equal(x, y)
     assert not engine.pairs
 
 
+def test_another_calibration_is_made_from_the_same_pairs():
+    engine, memo = CountingEngine(), Memo()
+    requests = [RuleRequest("r", (A, B))]
+    plain, _ = simulate(memo, engine, requests, "none")
+    num_pairs = len(engine.pairs)
+    simulate(memo, engine, requests, "difference")
+    assert len(engine.pairs) == num_pairs + 2 * len(NULL_EXPLANATIONS)  # nulls alone
+    simulate(memo, engine, requests, "ratio")
+    again, _ = simulate(memo, engine, requests, "none")
+    assert len(engine.pairs) == num_pairs + 2 * len(NULL_EXPLANATIONS)
+    np.testing.assert_array_equal(plain[0][0], again[0][0])
+
+
 def test_the_first_write_wins():
-    memo = MemoSimulator(CountingEngine(), "none")
+    memo = Memo()
     key = MemoKey(Rule("r").hash, A.sequence_id)
     memo.remember(key, log_probs([1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1]))
     memo.remember(key, log_probs([0, 1, 0, 0, 0, 0], [0, 1, 0, 0, 0, 0]))
-    assert memo.simulate([RuleRequest("r", (A,))])[0][0] == pytest.approx([0, 5])
+    predictions, _ = simulate(memo, CountingEngine(), [RuleRequest("r", (A,))], "none")
+    assert predictions[0][0] == pytest.approx([0, 5])

@@ -1,5 +1,6 @@
 """The packed engine against one prompt at a time, and what it refuses."""
 
+import shutil
 import subprocess
 import sys
 
@@ -47,7 +48,9 @@ def one_prompt_at_a_time(folder: str, rule: str, sequence: TokenSequence, extra:
     return np.array(rows)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "gptj", "gemma2", "cohere"])
+@pytest.mark.parametrize(
+    "kind", ["llama", "gpt2", "gptj", "gemma2", "gemma3", "qwen2", "qwen3", "mistral", "cohere", "cohere2"]
+)
 def test_packed_tree_equals_one_prompt_at_a_time(tmp_path, kind):
     folder = save_model(tmp_path, kind, chat=kind == "llama")
     in_one_pass, in_many = (
@@ -61,6 +64,20 @@ def test_packed_tree_equals_one_prompt_at_a_time(tmp_path, kind):
             assert np.abs(packed[index] - expected).max() < TOLERANCE
             assert np.abs(cut[index] - expected).max() < TOLERANCE
             assert np.ptp(expected, axis=0).min() > 100 * TOLERANCE, "the model is too dull to show a mistake"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="flex attention is compiled, which needs a C++ compiler")
+def test_flex_attention_equals_eager(tmp_path):
+    """Soft-capping and sliding windows in one model; on a CPU, where flex attention is exact and slow."""
+    folder = save_model(tmp_path, "gemma2")
+    eager, flex = (
+        TransformersSimulator(folder, attn_implementation=a, **OPTIONS).log_probs(REQUESTS)
+        for a in ("eager", "flex_attention")
+    )
+    for one, other in zip(eager, flex, strict=True):
+        for expected, found in zip(one, other, strict=True):
+            assert np.abs(expected - found).max() < TOLERANCE
 
 
 def test_predictions_are_read_at_the_tab(tmp_path):
@@ -100,8 +117,6 @@ def test_calibration_is_applied_by_simulate_alone(tmp_path):
 def test_refuses_what_it_cannot_pack(tmp_path):
     with pytest.raises(UserError, match=r"has \d+ tokens and the model \(gpt2\) has 64 positions"):
         TransformersSimulator(save_model(tmp_path / "short", "gpt2", n_positions=64), **OPTIONS)
-    with pytest.raises(UserError, match="layers that see 16 tokens back"):
-        TransformersSimulator(save_model(tmp_path / "window", "gemma2", sliding_window=16), **OPTIONS)
     simulator = TransformersSimulator(save_model(tmp_path / "limit", "gpt2", n_positions=400), **OPTIONS)
     with pytest.raises(UserError, match="Use shorter sequences"):
         simulator.log_probs([RuleRequest("r", (TokenSequence(1, (" word",) * 200),))])

@@ -7,13 +7,18 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    Cohere2Config,
     CohereConfig,
     Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
     GPTJConfig,
     LlamaConfig,
+    MistralConfig,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
 )
 
 from rayinterp.prompts import simulator_messages
@@ -24,13 +29,21 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
+GROUPED = {**SMALL, "num_key_value_heads": 2}
+LAYER_TYPES = ["sliding_attention", "full_attention", "sliding_attention"]
 SMALL_GPT = {"n_embd": 64, "n_layer": 3, "n_head": 4}
 CONFIGS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
-    "llama": (LlamaConfig, {**SMALL, "num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "llama": (LlamaConfig, {**GROUPED, "tie_word_embeddings": True}),
     "gpt2": (GPT2Config, {**SMALL_GPT, "n_positions": 1024}),
     "gptj": (GPTJConfig, {**SMALL_GPT, "n_positions": 1024, "rotary_dim": 8}),  # a head with a bias
-    "gemma2": (Gemma2Config, {**SMALL, "num_key_value_heads": 2, "head_dim": 16, "final_logit_softcapping": 2.0}),
-    "cohere": (CohereConfig, {**SMALL, "num_key_value_heads": 2, "logit_scale": 0.25}),
+    # Every window ends within the header for some tokens of a record, and within the rule for others.
+    "gemma2": (Gemma2Config, {**GROUPED, "head_dim": 16, "final_logit_softcapping": 2.0, "sliding_window": 24}),
+    "gemma3": (Gemma3TextConfig, {**GROUPED, "head_dim": 16, "sliding_window": 24, "layer_types": LAYER_TYPES}),
+    "qwen2": (Qwen2Config, {**GROUPED, "use_sliding_window": True, "sliding_window": 24, "layer_types": LAYER_TYPES}),
+    "qwen3": (Qwen3Config, {**GROUPED, "head_dim": 16}),
+    "mistral": (MistralConfig, {**GROUPED, "sliding_window": 24}),  # one window for all layers
+    "cohere": (CohereConfig, {**GROUPED, "logit_scale": 0.25}),
+    "cohere2": (Cohere2Config, {**GROUPED, "logit_scale": 0.25, "sliding_window": 24, "layer_types": LAYER_TYPES}),
 }
 
 

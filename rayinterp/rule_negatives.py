@@ -1,0 +1,132 @@
+"""Rule negatives: silent test sequences that sound like the explanations that are compared. Writes `test_records`.
+
+    explanations of a feature, of all arms -> `Retriever` -> their union, on which every arm is graded
+
+An arm that joins later may add to a feature's union; scores on the smaller one are dropped, to be made again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import ray
+from ray.util import ActorPool
+
+from rayinterp.config import RunConfig
+from rayinterp.corpus import load_tokenizer
+from rayinterp.explanation import Explanation
+from rayinterp.progress import Progress, silent
+from rayinterp.records import ActivationRecord, read_sequences
+from rayinterp.retrieve import Found, Retriever, SilentRequest
+from rayinterp.simulate.simulator import TokenSequence
+from rayinterp.subject import FeatureId
+from rayinterp.tables import Tables, sql_in
+
+SOURCE = "rule_negative"
+BLOCK = 64
+"""Features whose explanations share one pass over the vectors."""
+
+Explained = Mapping[FeatureId, Mapping[str, Explanation]]
+"""Explanations by explainer arm id, by feature."""
+
+
+def union(found: Mapping[str, Sequence[Found]]) -> list[tuple[str, Found]]:
+    """What each arm called for, every sequence once: the best of every arm, then the second best, and so on."""
+    merged: dict[int, tuple[str, Found]] = {}
+    for rank in range(max(map(len, found.values()), default=0)):
+        for arm in sorted(found):
+            for hit in found[arm][rank : rank + 1]:
+                merged.setdefault(hit.sequence_id, (arm, hit))
+    return list(merged.values())
+
+
+class RuleNegatives:
+    """Finds them for blocks of features: run as a Ray actor."""
+
+    def __init__(self, config: RunConfig, tables: Tables) -> None:
+        self._tables, self._count = tables, config.score.num_rule_negatives
+        self._retriever = Retriever(config, tables)
+        self._tokenizer = load_tokenizer(config)
+
+    def rows(self, block: Explained) -> list[dict[str, Any]]:
+        """Rows of `test_records` that are not there yet."""
+        arms = [(feature, arm) for feature, explanations in block.items() for arm in sorted(explanations)]
+        requests = [
+            SilentRequest(feature, tuple(rule.activates_on for rule in block[feature][arm]), "test", self._count)
+            for feature, arm in arms
+        ]
+        found: dict[FeatureId, dict[str, list[Found]]] = {feature: {} for feature in block}
+        for (feature, arm), hits in zip(arms, self._retriever.silent(requests), strict=True):
+            found[feature][arm] = hits
+        there = self._tables.read(
+            "test_records", ["feature_key", "sequence_id"], sql_in("feature_key", map(str, block))
+        )
+        known: dict[str, set[int]] = {str(feature): set() for feature in block}
+        for row in there.to_pylist():
+            known[row["feature_key"]].add(row["sequence_id"])
+        new = {
+            feature: [(arm, hit) for arm, hit in union(of_arms) if hit.sequence_id not in known[str(feature)]]
+            for feature, of_arms in found.items()
+        }
+        wanted = {hit.sequence_id for hits in new.values() for _, hit in hits}
+        sequences = read_sequences(self._tables, wanted, self._tokenizer)
+        return [
+            {
+                "feature_key": str(feature),
+                "sae": feature.sae,
+                "feature": feature.index,
+                "explainer": arm,
+                "similarity": hit.similarity,
+                "rank": rank,
+                **sequences[hit.sequence_id],
+                "activations": [0.0] * len(sequences[hit.sequence_id]["token_ids"]),
+            }
+            for feature, hits in new.items()
+            for rank, (arm, hit) in enumerate(hits, start=len(known[str(feature)]))
+        ]
+
+
+def add_rule_negatives(config: RunConfig, tables: Tables, explained: Explained, progress: Progress = silent) -> None:
+    """Adds what these explanations call for, in Ray actors, a block of features at a time."""
+    if not explained or not config.score.num_rule_negatives:
+        return
+    features = sorted(explained)
+    blocks = [
+        {feature: explained[feature] for feature in features[start : start + BLOCK]}
+        for start in range(0, len(features), BLOCK)
+    ]
+    resources = config.resources.index
+    actor = ray.remote(RuleNegatives).options(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus)
+    actors: list[Any] = [actor.remote(config, tables) for _ in range(min(resources.num_actors, len(blocks)))]
+    done = 0
+    progress(done, len(features))
+    pool = ActorPool(actors)
+    for rows in pool.map_unordered(lambda actor, block: actor.rows.remote(block), blocks):
+        grown = sorted({row["feature_key"] for row in rows})
+        if grown:
+            # Before the records: a crash between the two leaves scores to be made again, and none that are too old.
+            tables.delete("scores", f"source = '{SOURCE}' and {sql_in('feature_key', grown)}")
+            tables.append("test_records", rows)
+        done = min(done + BLOCK, len(features))
+        progress(done, len(features))
+    for one in actors:
+        ray.kill(one)
+
+
+def load_rule_negatives(tables: Tables, features: Sequence[FeatureId]) -> dict[FeatureId, list[ActivationRecord]]:
+    """Rule negatives of some features, in rank order."""
+    rows = tables.read("test_records", where=sql_in("feature_key", map(str, features))).to_pylist()
+    records: dict[FeatureId, list[ActivationRecord]] = {feature: [] for feature in features}
+    for row in sorted(rows, key=lambda row: row["rank"]):
+        records[FeatureId.parse(row["feature_key"])].append(
+            ActivationRecord(
+                TokenSequence(row["sequence_id"], tuple(row["tokens"])),
+                row["document_id"],
+                SOURCE,
+                tuple(row["token_ids"]),
+                np.zeros(len(row["token_ids"]), dtype=np.float32),
+            )
+        )
+    return records

@@ -1,0 +1,134 @@
+"""How searches and grading ask a simulator: what has been simulated before is not asked again.
+
+    candidate --> memo of the feature's sequences --what it lacks--> a replica --> `simulations` --> calibrated
+
+Six raw log-probabilities per token are remembered, so a change of calibration or strength costs nothing. The memo of a
+feature is read from `simulations` when work on it begins and forgotten when it ends; only the table grows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.util.metrics import Counter
+
+from rayinterp.config import LLMSimulatorConfig, RunConfig, service_name
+from rayinterp.errors import UserError
+from rayinterp.simulate.serve import memo_id
+from rayinterp.simulate.simulator import Memo, MemoKey, RuleRequest, TokenSequence, calibrated, with_nulls
+from rayinterp.tables import Tables, sql_in
+
+if TYPE_CHECKING:
+    from jaxtyping import Float16
+
+SimulateAsync = Callable[[list[RuleRequest]], Awaitable["list[list[np.ndarray]]"]]
+
+MAX_ATTEMPTS = 8
+"""Times that a request is sent: a replica may die with it, and another be started in its place."""
+FIRST_PAUSE = 0.5
+"""Seconds before the second attempt; doubled for every further one."""
+LOST = (RayActorError, BackPressureError, DeploymentUnavailableError)
+"""What says that a request was not answered, and nothing about the request itself."""
+
+
+class SimulatorClient:
+    """One simulator arm, as a search actor or a grading task sees it.
+
+    Args:
+        committer: Actor form of `tables.Committer`, which makes new simulations durable.
+        handle: Of the arm's Serve app; found by its name where left out.
+    """
+
+    def __init__(self, name: str, config: RunConfig, tables: Tables, committer: Any, handle: Any = None) -> None:
+        arm = config.simulators[name]
+        self._llm = arm if isinstance(arm, LLMSimulatorConfig) else None
+        self._timeout = config.resources.simulator.timeout_seconds
+        self._memo_id, self._tables, self._committer = memo_id(name, arm), tables, committer
+        self._handle: Any = handle or serve.get_app_handle(service_name("simulator", name, config))
+        self._pairs = Counter(
+            "rayinterp_simulator_pairs", "(rule, sequence) pairs asked for.", ("simulator", "remembered")
+        ).set_default_tags({"simulator": name})
+
+    async def remembering(self, sequences: Iterable[TokenSequence]) -> SimulateAsync:
+        """What simulates rules on these sequences, those of one feature, and pays for no pair twice."""
+        if self._llm is None:
+            return self._ask
+        method, memo = self._llm.calibration, Memo()
+        ids = sorted({sequence.sequence_id for sequence in sequences})
+        for key, log_probs in await asyncio.to_thread(lambda: [*read_simulations(self._tables, self._memo_id, ids)]):
+            memo.remember(key, log_probs)
+
+        async def simulate(requests: list[RuleRequest]) -> list[list[np.ndarray]]:
+            wanted = with_nulls(requests, method)
+            missing = memo.missing(wanted)
+            if missing:
+                await self._write(memo.add(missing, await self._ask(missing)))
+            num_asked, num_missing = (sum(len(r.sequences) for r in group) for group in (wanted, missing))
+            for remembered, count in (("no", num_missing), ("yes", num_asked - num_missing)):
+                if count:
+                    self._pairs.inc(count, {"remembered": remembered})
+            return calibrated(requests, memo.log_probs(wanted), method)
+
+        return simulate
+
+    async def _write(self, new: dict[MemoKey, Float16[np.ndarray, "seq 6"]]) -> None:
+        """Hands new simulations over before anyone sees a score made from them."""
+        rows = [
+            {"simulator": self._memo_id, **key._asdict(), "log_probs": log_probs.ravel()}
+            for key, log_probs in new.items()
+        ]
+        await self._committer.add.remote({"simulations": rows})
+
+    async def _ask(self, requests: list[RuleRequest]) -> list[list[np.ndarray]]:
+        """A replica's answer; from another one where the first is lost on the way.
+
+        Raises:
+            UserError: no replica answered in time, or any of several.
+        """
+        pause = FIRST_PAUSE
+        for attempt in range(1, MAX_ATTEMPTS + 1):
+            response = self._handle.answer.remote(requests)
+            try:
+                return await asyncio.wait_for(_result(response), self._timeout)
+            except LOST as error:
+                if attempt == MAX_ATTEMPTS:
+                    raise UserError(
+                        f"no replica of the simulator answered in {MAX_ATTEMPTS} attempts ({error}); what is finished "
+                        "is kept: see the dashboard for why they die, and run the same command again"
+                    ) from error
+            except TimeoutError:
+                response.cancel()
+                raise UserError(
+                    f"a simulator took longer than resources.simulator.timeout_seconds ({self._timeout:g}) for one "
+                    "candidate; raise it, or give the simulator more replicas"
+                ) from None
+            except asyncio.CancelledError:
+                response.cancel()  # the search has given up: what has not begun need not be computed
+                raise
+            await asyncio.sleep(pause)
+            pause *= 2
+        raise AssertionError("unreachable")
+
+
+async def _result(response: Any) -> list[list[np.ndarray]]:
+    return await response
+
+
+def read_simulations(
+    tables: Tables, memo: str, sequence_ids: Sequence[int]
+) -> Iterator[tuple[MemoKey, Float16[np.ndarray, "values"]]]:
+    """What a simulator computed before for some sequences, in this run or an interrupted one."""
+    columns = ["rule_hash", "sequence_id", "log_probs"]
+    where = f"simulator = '{memo}' and {sql_in('sequence_id', sequence_ids)}"
+    for batch in tables.read("simulations", columns, where).to_batches():
+        rule_hashes, ids = (batch[name].to_pylist() for name in columns[:2])
+        values = batch["log_probs"].flatten().to_numpy(zero_copy_only=False)
+        edges = np.cumsum([0, *batch["log_probs"].value_lengths().to_pylist()])
+        for row, key in enumerate(map(MemoKey, rule_hashes, ids)):
+            yield key, values[edges[row] : edges[row + 1]]

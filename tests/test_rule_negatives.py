@@ -1,0 +1,104 @@
+"""Test records that the explanations' own words call for: on the planted run, against a scan written plainly."""
+
+import shutil
+from collections import defaultdict
+
+import numpy as np
+from sentence_transformers import SentenceTransformer
+
+from rayinterp import embedded
+from rayinterp.explanation import from_json
+from rayinterp.index import to_matrix
+from rayinterp.planted import FEATURES, VOCABULARY, fires
+from rayinterp.retrieve import Found
+from rayinterp.rule_negatives import SOURCE, load_rule_negatives, union
+from rayinterp.subject import FeatureId
+from tests.conftest import planted_config, run_all
+
+COUNT = 10
+
+
+def explanations(run):
+    found = defaultdict(dict)
+    for row in run.tables.read("explanations").to_pylist():
+        if row["explanation"]:
+            found[row["feature"]][row["explainer"]] = from_json(row["explanation"])
+    return found
+
+
+def num_records(run, source=SOURCE):
+    """By feature: how many records each arm and control was graded on."""
+    where = f"source = '{source}' and scorer = 'correlation' and status != 'parse_error'"
+    found = defaultdict(dict)
+    for row in run.tables.read("scores", where=where).to_pylist():
+        if row["num_records"]:
+            found[row["feature"]][row["explainer"], row["control"]] = row["num_records"]
+    return found
+
+
+def test_the_union_takes_the_best_of_every_arm_first_and_each_sequence_once():
+    def found(*ids):
+        return [Found(sequence_id, 0.5, 0) for sequence_id in ids]
+
+    merged = union({"b": found(1, 2, 3), "a": found(2, 9), "c": []})
+    assert [(arm, hit.sequence_id) for arm, hit in merged] == [("a", 2), ("b", 1), ("a", 9), ("b", 3)]
+    assert union({}) == []
+
+
+def test_every_arm_adds_the_nearest_silent_test_sequences_of_its_own_words(planted_run):
+    sequences = planted_run.tables.read("sequences", where="split = 'test'").sort_by("sequence_id").to_pylist()
+    stored = to_matrix(planted_run.tables.read("embeddings", where="split = 'test'").sort_by("sequence_id"))
+    encoder = SentenceTransformer(str(embedded.embedder_path(embedded.EMBEDDER)))
+    rows = planted_run.tables.read("test_records").to_pylist()
+    assert {row["feature"] for row in rows} == set(explanations(planted_run)) == {0, 1, 2}
+    for feature, arms in explanations(planted_run).items():
+        words = [[VOCABULARY[i] for i in sequence["token_ids"]] for sequence in sequences]
+        is_silent = np.array([not any(fires(FEATURES[feature].truth, w)) for w in words])
+        expected = set()
+        for explanation in arms.values():
+            queries = encoder.encode([rule.activates_on for rule in explanation], normalize_embeddings=True)
+            nearest = np.where(is_silent, (stored.astype(float) @ queries.T.astype(float)).max(1), -1)
+            expected |= {sequences[place]["sequence_id"] for place in np.argsort(-nearest, kind="stable")[:COUNT]}
+        own = sorted((row for row in rows if row["feature"] == feature), key=lambda row: row["rank"])
+        assert {row["sequence_id"] for row in own} == expected
+        assert [row["rank"] for row in own] == list(range(len(expected)))
+        assert all(not any(row["activations"]) and len(row["tokens"]) == 16 for row in own)
+
+
+def test_all_arms_and_controls_of_a_feature_are_graded_on_the_same_records(planted_run):
+    features = [FeatureId("planted", index) for index in (0, 1, 2)]
+    called_for = load_rule_negatives(planted_run.tables, features)
+    graded = num_records(planted_run)
+    for feature in features:
+        assert set(graded[feature.index].values()) == {30 + len(called_for[feature])}
+        assert {control for _, control in graded[feature.index]} == {"", "null", "shuffled", "token_lookup"}
+        assert all(record.source == SOURCE and not record.activations.any() for record in called_for[feature])
+
+
+def test_an_arm_that_joins_later_adds_its_own_and_the_others_are_graded_again(planted_run, tmp_path):
+    shutil.copytree(planted_run.config.run_dir, tmp_path / "run")
+    answer = """'[{"activates_on": "bowed string instruments", "strength": 5}]'"""
+    config = planted_config(
+        tmp_path / "run",
+        f"llms.musical={{provider: scripted, model: scripted, answers: {{planted/0: {answer}}}}}",
+        "explainers.musical={method: one_shot, llm: musical, simulator: oracle}",
+    )
+    run = run_all(config, ("explain", "score"))
+    before, after = num_records(planted_run), num_records(run)
+    (same,) = set(after[0].values())
+    assert max(before[0].values()) < same <= max(before[0].values()) + COUNT
+    assert set(before[0]) < set(after[0]) and any(arm.startswith("musical@") for arm, _ in after[0])
+    assert after[1] == before[1] and after[2] == before[2]
+    assert num_records(run, "similar_negative").keys() == num_records(planted_run, "similar_negative").keys()
+    where = "source = 'similar_negative' and explainer like 'right@%'"
+    old, new = (r.tables.read("scores", where=where).to_pylist() for r in (planted_run, run))
+    assert old == [row for row in new if row in old]
+
+
+def test_the_source_can_be_left_out(planted_run, tmp_path):
+    shutil.copytree(planted_run.config.run_dir, tmp_path / "run")
+    for table in ("scores", "predictions", "test_records"):
+        shutil.rmtree(tmp_path / "run" / f"{table}.lance")
+    run = run_all(planted_config(tmp_path / "run", "score.num_rule_negatives=0"), ("score",))
+    assert run.tables.count("test_records") == 0
+    assert run.tables.distinct("scores", "source") == {"similar_negative", "random_negative"}

@@ -263,6 +263,17 @@ class OneShotConfig(_Section):
     """Further attempts after an answer that does not parse."""
 
 
+class CascadeConfig(_Section):
+    """A cheap simulator looks first, and only what it likes best goes to the arm's own."""
+
+    simulator: str
+    """Simulator arm that looks first: late interaction, as a rule."""
+    keep: int = Field(gt=0)
+    """Candidates of each round that go on; the others get the status pruned."""
+    audit: float = Field(default=0.1, ge=0, le=1)
+    """Share of features, a seeded sample, on which all go on, so that the agreement of the two can be measured."""
+
+
 class TreeConfig(OneShotConfig):
     """Tree search: roots, then rounds of revision guided by the simulator."""
 
@@ -283,6 +294,8 @@ class TreeConfig(OneShotConfig):
     """Records shown in feedback: those whose removal would raise the score most."""
     time_limit_seconds: float = Field(default=1500, gt=0)
     """Per feature."""
+    cascade: CascadeConfig | None = None
+    """Spares the simulator candidates that a cheaper one thinks little of."""
 
 
 ExplainerConfig = Annotated[LexicalConfig | OneShotConfig | TreeConfig, Field(discriminator="method")]
@@ -467,11 +480,19 @@ class RunConfig(_Section):
     def _arms_exist(self) -> RunConfig:
         for name, explainer in self.explainers.items():
             _must_exist(f"explainers.{name}.simulator", explainer.simulator, self.simulators)
+            if isinstance(explainer, TreeConfig) and explainer.cascade:
+                _must_exist(f"explainers.{name}.cascade.simulator", explainer.cascade.simulator, self.simulators)
             if isinstance(explainer, OneShotConfig):
                 _must_exist(f"explainers.{name}.llm", explainer.llm, self.llms)
         for simulator in self.score.simulators:
             _must_exist("score.simulators", simulator, self.simulators)
         return self
+
+
+def simulators_of(explainer: ExplainerConfig) -> list[str]:
+    """Simulator arms that an explainer asks."""
+    cascade = explainer.cascade if isinstance(explainer, TreeConfig) else None
+    return [explainer.simulator, *([cascade.simulator] if cascade else [])]
 
 
 def _must_exist(field: str, name: str, arms: dict[str, Any]) -> None:

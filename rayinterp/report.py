@@ -26,6 +26,7 @@ from rayinterp.report_data import (
     WIDE,
     Agreement,
     ArmSummary,
+    CascadeSummary,
     Comparison,
     Order,
     Score,
@@ -34,6 +35,7 @@ from rayinterp.report_data import (
     agreements,
     arm_labels,
     arm_summaries,
+    cascade_summaries,
     comparisons,
     number,
     order_of,
@@ -79,6 +81,7 @@ class Summary(NamedTuple):
     arms: list[ArmSummary]
     comparisons: list[Comparison]
     agreements: list[Agreement]
+    cascades: list[CascadeSummary]
     searches: list[SearchSummary]
     bills: list[LlmBill]
     simulated_pairs: tuple[tuple[str, int], ...]
@@ -177,6 +180,7 @@ def summarise(tables: Mapping[str, pa.Table], book: ScoreBook, config: RunConfig
         arm_summaries(book, statuses, order, config),
         comparisons(book, order, config),
         agreements(book, order),
+        cascade_summaries(tables["candidates"], order, config),
         search_summaries(tables["candidates"], explanations, order),
         llm_bills(tables["llm_calls"]),
         _counts(tables["simulations"]["simulator"]),

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+from scipy.stats import spearmanr
 
 from rayinterp.config import RunConfig
 from rayinterp.score import Interval, mean_interval
@@ -51,6 +53,7 @@ REASONS = {
     "stopped": "the search was stopped first",
     "undefined": "a correlation that is not defined",
     "duplicate": "same explanation as another node",
+    "pruned": "left out after a cheaper simulator's look",
     "not_explained": "no explainer has run on it",
     "not_graded": "not graded with this simulator",
     "wide": "few records, so a wide interval",
@@ -146,6 +149,17 @@ class Agreement(NamedTuple):
     """Why there is no correlation; empty where there is one."""
 
 
+class CascadeSummary(NamedTuple):
+    """What a cheap simulator's first look spared an arm, and how far it orders candidates as the arm's own does."""
+
+    explainer: str
+    num_pruned: int
+    num_simulated: int
+    """Candidates that the arm's own simulator was given."""
+    rank_correlation: Interval
+    """Spearman's, over a feature's candidates that both scored, of features where none was pruned; their mean."""
+
+
 def score_book(scores: pa.Table) -> ScoreBook:
     """The test scores of a `scores` table, looked up by what was graded."""
     book: ScoreBook = {}
@@ -221,6 +235,39 @@ def agreements(book: ScoreBook, order: Order) -> list[Agreement]:
                 if a.keys() & b.keys():
                     rows.append(Agreement(first, second, explainer, source, *_agree(*_paired(a, b))))
     return rows
+
+
+MIN_RANKED = 3
+"""Candidates that a rank correlation takes."""
+
+
+def cascade_summaries(candidates: pa.Table, order: Order, config: RunConfig) -> list[CascadeSummary]:
+    """One row per explainer arm that has candidates pruned, or could have had."""
+    columns = ["explainer", "feature_key", "status", "cascade_score", "train_score"]
+    looked_at = candidates.select(columns).filter(
+        pc.field("cascade_score").is_valid() | (pc.field("status") == "pruned")
+    )
+    by_arm: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for node in looked_at.to_pylist():
+        by_arm.setdefault(node["explainer"], {}).setdefault(node["feature_key"], []).append(node)
+    summaries = []
+    for arm in order.explainers:
+        if arm not in by_arm:
+            continue
+        whole = [nodes for nodes in by_arm[arm].values() if all(node["status"] != "pruned" for node in nodes)]
+        nodes = [node for of_feature in by_arm[arm].values() for node in of_feature]
+        num_pruned = sum(node["status"] == "pruned" for node in nodes)
+        correlations = _mean([_rank_correlation(nodes) for nodes in whole], config)
+        summaries.append(CascadeSummary(arm, num_pruned, len(nodes) - num_pruned, correlations))
+    return summaries
+
+
+def _rank_correlation(nodes: list[dict[str, Any]]) -> float | None:
+    pairs = [(node["cascade_score"], number(node["train_score"])) for node in nodes]
+    scored = np.array([pair for pair in pairs if None not in pair], dtype=float).reshape(-1, 2)
+    if len(scored) < MIN_RANKED or not np.ptp(scored, axis=0).all():
+        return None
+    return float(spearmanr(scored[:, 0], scored[:, 1]).statistic)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def winning_node(nodes: Iterable[Mapping[str, Any]], explanation: str | None) -> int | None:

@@ -30,6 +30,7 @@ from rayinterp.config import (
     StageResources,
     differing_fields,
     service_name,
+    simulators_of,
     to_yaml,
 )
 from rayinterp.corpus import run_corpus
@@ -197,7 +198,7 @@ def explain(run: Run, progress: Progress) -> dict[str, int]:
     if not arms_left(config, run.tables, live_features(run.tables)):
         return run_explain(config, run.tables, None, progress)
     committer = start_committer(run.tables)
-    deploy(run, {arm.simulator for arm in config.explainers.values()}, llms_used(config))
+    deploy(run, {name for arm in config.explainers.values() for name in simulators_of(arm)}, llms_used(config))
     counts = run_explain(config, run.tables, committer, progress)
     for table in ("llm_calls", "candidates", "explanations", "simulations"):
         run.tables.finish(table)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from rayinterp.config import RunConfig, arm_id, parse_config
@@ -16,11 +17,13 @@ from rayinterp.errors import UserError
 from rayinterp.report import Summary, fixed, index_rows, pair_table, panels, summarise, write_report
 from rayinterp.report_cards import Card, Cards, natural_key, read_run, shade, spans, tree_order, visible
 from rayinterp.report_data import (
+    Order,
     Score,
     ScoreBook,
     ScoreKey,
     arm_labels,
     arm_summaries,
+    cascade_summaries,
     comparisons,
     is_wide,
     order_of,
@@ -28,7 +31,7 @@ from rayinterp.report_data import (
     winning_node,
 )
 from rayinterp.score import Interval
-from rayinterp.tables import Tables
+from rayinterp.tables import SCHEMAS, Tables
 
 HOSTILE = "<script>alert('token')</script>"
 SOURCE = "similar_negative"
@@ -444,3 +447,26 @@ def key_of(config: RunConfig, explainer: str, simulator: str) -> ScoreKey:
 
 def score_of(value: float) -> Score:
     return Score(value, None, None, None, None, "ok")
+
+
+def test_what_a_cheap_first_look_spared_and_how_far_it_agrees():
+    def nodes(explainer, feature, *rows):
+        columns = ("status", "cascade_score", "train_score")
+        return [
+            {"explainer": explainer, "feature_key": feature, **dict(zip(columns, row, strict=True))} for row in rows
+        ]
+
+    rows = [
+        # Nothing pruned: these two tell how far the simulators agree, 1 and -0.5.
+        *nodes("tree@1", "a/1", ("ok", 0.1, 0.2), ("ok", 0.2, 0.3), ("ok", 0.3, 0.9)),
+        *nodes("tree@1", "a/2", ("ok", 0.1, 0.5), ("ok", 0.2, 0.9), ("ok", 0.3, 0.1), ("parse_error", None, None)),
+        *nodes("tree@1", "a/3", ("pruned", 0.1, None), ("ok", 0.2, 0.9), ("pruned", 0.0, None), ("ok", 0.9, 0.1)),
+        *nodes("plain@1", "a/1", ("ok", None, 0.5)),
+    ]
+    table = pa.Table.from_pylist(
+        [{"simulator": "s", "node": i, **row} for i, row in enumerate(rows)], SCHEMAS["candidates"]
+    )
+    (summary,) = cascade_summaries(table, Order(("tree@1", "plain@1"), (), ()), small_config("x"))
+    assert (summary.explainer, summary.num_pruned, summary.num_simulated) == ("tree@1", 2, 8)
+    assert summary.rank_correlation.n == 2
+    assert summary.rank_correlation.value == pytest.approx((1 - 0.5) / 2)

@@ -12,6 +12,7 @@ A feature's arms run one after another, so that equal requests of two arms are p
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ import ray
 from pydantic import SecretStr
 
 from rayinterp.config import (
+    CascadeConfig,
     LexicalConfig,
     LLMConfig,
     OneShotConfig,
@@ -29,6 +31,7 @@ from rayinterp.config import (
     arm_id,
     content_of,
     service_name,
+    simulators_of,
 )
 from rayinterp.errors import UserError
 from rayinterp.explain import explainer
@@ -43,6 +46,7 @@ from rayinterp.records import ActivationRecord, load_records
 from rayinterp.score import evaluate
 from rayinterp.simulate.client import SimulateAsync, SimulatorClient
 from rayinterp.simulate.simulator import RuleRequest
+from rayinterp.sources import generator_for
 from rayinterp.subject import FeatureId, interleave
 from rayinterp.tables import Tables, sql_in
 
@@ -67,17 +71,27 @@ class Evaluator:
         self._simulated: dict[str, list[np.ndarray]] = {}
 
     async def __call__(self, explanation: Explanation) -> Evaluation:
+        await self._simulate_rules(explanation)
+        train, valid = self._records["train"], self._records["valid"]
+        train_score, predicted = self._score(explanation, slice(0, len(train)), train)
+        valid_score, _ = self._score(explanation, slice(len(train), None), valid)
+        return Evaluation(train_score, valid_score, explainer.feedback(train_score, train, predicted, self._num_worst))
+
+    async def train_score(self, explanation: Explanation) -> float | None:
+        """The score alone, for a first look."""
+        await self._simulate_rules(explanation)
+        train = self._records["train"]
+        return self._score(explanation, slice(0, len(train)), train)[0]
+
+    def _score(self, explanation: Explanation, part: slice, records: list[ActivationRecord]) -> Any:
+        return evaluate(explanation, records, {rule: p[part] for rule, p in self._simulated.items()})
+
+    async def _simulate_rules(self, explanation: Explanation) -> None:
         new = [rule.activates_on for rule in explanation if rule.activates_on not in self._simulated]
         new = list(dict.fromkeys(new))
         if new:
             predictions = await self._simulate([RuleRequest(rule, self._sequences) for rule in new])
             self._simulated.update(zip(new, predictions, strict=True))
-        train, valid = self._records["train"], self._records["valid"]
-        train_score, predicted = evaluate(
-            explanation, train, {rule: p[: len(train)] for rule, p in self._simulated.items()}
-        )
-        valid_score, _ = evaluate(explanation, valid, {rule: p[len(train) :] for rule, p in self._simulated.items()})
-        return Evaluation(train_score, valid_score, explainer.feedback(train_score, train, predicted, self._num_worst))
 
 
 def settings_of(arm: LexicalConfig | OneShotConfig | TreeConfig, has_llm: bool) -> SearchSettings:
@@ -92,11 +106,21 @@ def settings_of(arm: LexicalConfig | OneShotConfig | TreeConfig, has_llm: bool) 
     return SearchSettings(0 if lexical or not has_llm else 1, lexical, 1, 1, 0, 1.0)
 
 
+class Cascade(NamedTuple):
+    """A cheaper look at candidates."""
+
+    score: Callable[[Explanation], Awaitable[float | None]]
+    """Train correlation by the cheap simulator."""
+    keep: int
+    """Candidates of a round that go on to the arm's own."""
+
+
 async def search_feature(
     arm: LexicalConfig | OneShotConfig | TreeConfig,
     records: dict[str, list[ActivationRecord]],
     evaluate: Callable[[Explanation], Awaitable[Evaluation]],
     propose: Callable[[TreeSearch, Node], Awaitable[Outcome]] | None,
+    cascade: Cascade | None = None,
 ) -> TreeSearch:
     """Runs one search to its end.
 
@@ -106,31 +130,65 @@ async def search_feature(
     search = TreeSearch(settings_of(arm, propose is not None))
     deadline = time.monotonic() + arm.time_limit_seconds if isinstance(arm, TreeConfig) else float("inf")
 
-    async def resolve(node: Node) -> None:
+    async def outcome_of(node: Node) -> Outcome:
         if node.kind == "lexical":
             explanation = lexical_explanation(records["train"], arm.rule_cap)
-            outcome = Outcome(explanation, "ok" if explanation else "nothing_fires", None, 0, 0, 0.0)
-        else:
-            assert propose is not None, "the search asked for an LLM that it was not given"
-            outcome = await propose(search, node)
-        tokens_and_cost = outcome._asdict()
-        if outcome.explanation is None:
-            search.tell(node.node, **tokens_and_cost)
-        elif search.seen(outcome.explanation):
-            search.tell(node.node, **{**tokens_and_cost, "status": "duplicate"})
-        else:
-            evaluation = await evaluate(outcome.explanation)
-            status = "ok" if evaluation.train_score is not None else "undefined"
-            search.tell(node.node, **{**tokens_and_cost, "status": status}, **evaluation._asdict())
+            return Outcome(explanation, "ok" if explanation else "nothing_fires", None, 0, 0, 0.0)
+        assert propose is not None, "the search asked for an LLM that it was not given"
+        return await propose(search, node)
+
+    async def simulate(node: int, outcome: dict[str, Any]) -> None:
+        evaluation = await evaluate(outcome["explanation"])
+        status = "ok" if evaluation.train_score is not None else "undefined"
+        search.tell(node, **{**outcome, "status": status}, **evaluation._asdict())
 
     while proposals := search.ask():
         if time.monotonic() > deadline:
             search.stop()
             break
+        waiting: list[tuple[int, dict[str, Any]]] = []
         # One after another: whether a candidate is a duplicate must not depend on which answer comes first.
         for proposal in proposals:
-            await resolve(search.nodes[proposal.node])
+            outcome = (await outcome_of(search.nodes[proposal.node]))._asdict()
+            explanation = outcome["explanation"]
+            if explanation is None:
+                search.tell(proposal.node, **outcome)
+            elif search.seen(explanation) or any(explanation == other["explanation"] for _, other in waiting):
+                search.tell(proposal.node, **{**outcome, "status": "duplicate"})
+            elif cascade is None:
+                await simulate(proposal.node, outcome)
+            else:
+                waiting.append((proposal.node, {**outcome, "cascade_score": await cascade.score(explanation)}))
+        for place, (node, outcome) in enumerate(sorted(waiting, key=_best_first)):
+            if cascade is not None and place >= cascade.keep:
+                search.tell(node, **{**outcome, "status": "pruned"})
+            else:
+                await simulate(node, outcome)
     return search
+
+
+def cascade_of(
+    config: CascadeConfig,
+    feature: FeatureId,
+    records: dict[str, list[ActivationRecord]],
+    simulate: SimulateAsync,
+    seed: int,
+) -> Cascade:
+    """The first look of one feature's searches, at train records alone; on an audited feature nothing is pruned."""
+    evaluator = Evaluator({"train": records["train"], "valid": []}, simulate, 1)
+
+    async def score(explanation: Explanation) -> float | None:
+        return await evaluator.train_score(explanation)
+
+    audited = generator_for(seed, feature, "cascade").random() < config.audit
+    return Cascade(score, sys.maxsize if audited else config.keep)
+
+
+def _best_first(waiting: tuple[int, dict[str, Any]]) -> tuple[float, int]:
+    """What the cheap simulator gives no score at all comes last."""
+    node, outcome = waiting
+    score = outcome["cascade_score"]
+    return (float("inf") if score is None else -score, node)
 
 
 def llm_proposer(
@@ -167,7 +225,10 @@ def arm_ids(config: RunConfig, name: str) -> tuple[str, str]:
     """The explainer's and its simulator's names in the tables; the first covers all that an explanation depends on."""
     arm = config.explainers[name]
     simulator = config.simulators[arm.simulator]
-    context = [{k: v for k, v in content_of(simulator).items() if k not in _GRADING}]
+    context = [
+        {k: v for k, v in content_of(config.simulators[asked]).items() if k not in _GRADING}
+        for asked in simulators_of(arm)
+    ]
     if isinstance(arm, OneShotConfig):
         context.append(content_of(config.llms[arm.llm]))
     return arm_id(name, arm, *context), arm_id(arm.simulator, simulator)
@@ -189,6 +250,7 @@ def candidate_rows(feature: FeatureId, ids: tuple[str, str], search: TreeSearch)
             "kind": node.kind,
             "explanation": None if node.explanation is None else to_json(node.explanation),
             "status": node.status,
+            "cascade_score": node.cascade_score,
             "train_score": node.train_score,
             "valid_score": node.valid_score,
             "thought": node.thought,
@@ -239,7 +301,7 @@ class SearchActor:
         self._config, self._tables, self._committer = config, tables, committer
         self._simulators = {
             name: SimulatorClient(name, config, tables, committer)
-            for name in {arm.simulator for arm in config.explainers.values()}
+            for name in {name for arm in config.explainers.values() for name in simulators_of(arm)}
         }
         self._clients = {name: make_client(name, config, keys.get(name)) for name in llms_used(config)}
 
@@ -258,16 +320,22 @@ class SearchActor:
             if hopeless:
                 await self._commit([], explanation_row(feature, ids, None, hopeless))
                 continue
-            if arm.simulator not in simulators:
-                simulators[arm.simulator] = await self._simulators[arm.simulator].remembering(sequences)
+            for simulator in simulators_of(arm):
+                if simulator not in simulators:
+                    simulators[simulator] = await self._simulators[simulator].remembering(sequences)
             evaluator = Evaluator(records, simulators[arm.simulator], getattr(arm, "num_worst_records", 1))
+            cascade = None
+            if isinstance(arm, TreeConfig) and arm.cascade:
+                cascade = cascade_of(
+                    arm.cascade, feature, records, simulators[arm.cascade.simulator], self._config.seed
+                )
             propose = None
             if isinstance(arm, OneShotConfig):
                 if arm.llm not in ledgers:
                     ledgers[arm.llm] = await self._ledger(arm.llm, feature)
                 llm = self._config.llms[arm.llm]
                 propose = llm_proposer(ledgers[arm.llm], llm, arm, feature, records["train"], self._config.seed)
-            search = await search_feature(arm, records, evaluator, propose)
+            search = await search_feature(arm, records, evaluator, propose, cascade)
             failures = [node.thought for node in search.nodes if node.status == "llm_error"]
             if failures:
                 return failures[0]

@@ -46,6 +46,8 @@ class Node:
     explanation: Explanation | None = None
     status: str = "pending"
     """ok, duplicate, or why there is no score."""
+    cascade_score: float | None = None
+    """What a cheaper simulator thought of it."""
     train_score: float | None = None
     valid_score: float | None = None
     thought: str | None = None
@@ -89,6 +91,7 @@ class TreeSearch:
         *,
         explanation: Explanation | None,
         status: str,
+        cascade_score: float | None = None,
         train_score: float | None = None,
         valid_score: float | None = None,
         thought: str | None = None,
@@ -101,7 +104,7 @@ class TreeSearch:
         told = self.nodes[node]
         assert told.status == "pending", f"node {node} has been told already ({told.status})"
         told.explanation, told.status, told.thought, told.feedback = explanation, status, thought, feedback
-        told.train_score, told.valid_score = train_score, valid_score
+        told.cascade_score, told.train_score, told.valid_score = cascade_score, train_score, valid_score
         told.prompt_tokens, told.completion_tokens, told.cost_usd = prompt_tokens, completion_tokens, cost_usd
 
     def seen(self, explanation: Explanation) -> bool:

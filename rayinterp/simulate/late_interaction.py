@@ -4,8 +4,9 @@
                                                              largest cosine, less that of null texts -> 0 to 5
     rule     -> vectors of its content words (once)        /
 
-A (rule, sequence) pair is one small matrix product. The encoder has its own tokens; its similarities are carried to
-the subject's tokens by character offsets. Blind to what a list of words cannot say: syntax, negation, position.
+All rules of a candidate on all its sequences are one matrix product. The encoder has its own tokens; its similarities
+are carried to the subject's tokens by character offsets. Blind to what a list of words cannot say: syntax, negation,
+position.
 """
 
 from __future__ import annotations
@@ -77,16 +78,17 @@ def overlapping(spans: Int64[np.ndarray, "enc 2"], wanted: Iterable[tuple[int, i
     return np.stack([first, stop], axis=1)
 
 
-def to_subject_tokens(
-    similarities: Float32[np.ndarray, "enc"], spans: Int64[np.ndarray, "enc 2"], tokens: tuple[str, ...]
-) -> Float32[np.ndarray, "seq"]:
-    """The largest similarity among the encoder tokens that overlap each of the subject's; -1 where there are none."""
+def places_of(spans: Int64[np.ndarray, "enc 2"], tokens: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """The encoder's tokens that overlap each of the subject's, one list after another, and the lists' lengths.
+
+    White space overlaps nothing.
+    """
     edges = np.cumsum([0, *map(len, tokens)])
     ranges = overlapping(spans, pairwise(edges.tolist()))
-    found = (ranges[:, 0] < ranges[:, 1]) & np.array([bool(token.strip()) for token in tokens])
-    # reduceat takes interleaved (start, stop, start, stop, ...); the padding gives a stop at the end a place to point.
-    largest = np.maximum.reduceat(np.append(similarities, -1), ranges.ravel())[::2]
-    return np.where(found, largest, -1).astype(np.float32)
+    lengths = np.maximum(ranges[:, 1] - ranges[:, 0], 0) * np.array([bool(token.strip()) for token in tokens])
+    starts = np.repeat(ranges[:, 0], lengths)
+    within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return starts + within, lengths
 
 
 def content_vectors(rule: EncodedText, text: str) -> Float32[np.ndarray, "word dim"]:
@@ -96,9 +98,24 @@ def content_vectors(rule: EncodedText, text: str) -> Float32[np.ndarray, "word d
     return (rule.vectors[chosen] if chosen else rule.vectors).astype(np.float32)
 
 
-def largest_cosine(text: EncodedText, words: Float32[np.ndarray, "word dim"]) -> Float32[np.ndarray, "enc"]:
-    """For each token of a text, its cosine with the nearest of some words; 0 where there are no words."""
-    return (text.vectors.astype(np.float32) @ words.T).max(axis=1, initial=-1 if len(words) else 0)
+def largest_of_each(
+    values: Float32[torch.Tensor, "n *rest"], lengths: Int64[torch.Tensor, "groups"], empty: float
+) -> Float32[torch.Tensor, "groups *rest"]:
+    """Largest value of each stretch of rows; `empty` where a stretch has none."""
+    groups = torch.arange(len(lengths), device=values.device).repeat_interleave(lengths)
+    index = groups.reshape(-1, *[1] * (values.ndim - 1)).expand_as(values)
+    start = values.new_full((len(lengths), *values.shape[1:]), empty)
+    return start.scatter_reduce(0, index, values, "amax", include_self=False)
+
+
+class _Sequence(NamedTuple):
+    """What predictions for a sequence need, whatever the rule."""
+
+    vectors: Float16[np.ndarray, "enc dim"]
+    null: Float32[np.ndarray, "enc"]
+    """What each encoder token scores without a rule."""
+    places: Int64[np.ndarray, "overlaps"]
+    lengths: Int64[np.ndarray, "seq"]
 
 
 class LateInteractionSimulator:
@@ -116,29 +133,50 @@ class LateInteractionSimulator:
         # In order of appearance: a set's order, and so what shares a padded batch, changes from process to process.
         texts = dict.fromkeys("".join(sequence.tokens) for request in requests for sequence in request.sequences)
         encoded = self._encode([*texts, *(request.rule for request in requests)])
-        null_cosines = {text: self._null_cosines(encoded[text]) for text in texts}
-        answers = []
-        for request in requests:
-            rule = content_vectors(encoded[request.rule], request.rule)
-            answers.append([self._predict(rule, sequence, encoded, null_cosines) for sequence in request.sequences])
+        rules = {r.rule: content_vectors(encoded[r.rule], r.rule) for r in requests}
+        answers: list[list[Float32[np.ndarray, "seq"]]] = [[] for _ in requests]
+        together: dict[tuple[TokenSequence, ...], list[int]] = {}
+        for index, request in enumerate(requests):
+            together.setdefault(request.sequences, []).append(index)
+        for sequences, indices in together.items():
+            if sequences:
+                words = [rules[requests[index].rule] for index in indices]
+                for index, answer in zip(indices, self._predict(words, sequences, encoded), strict=True):
+                    answers[index] = answer
         return answers
 
+    @torch.inference_mode()
     def _predict(
         self,
-        rule: Float32[np.ndarray, "word dim"],
-        sequence: TokenSequence,
+        rules: list[Float32[np.ndarray, "word dim"]],
+        sequences: tuple[TokenSequence, ...],
         encoded: dict[str, EncodedText],
-        null_cosines: dict[str, Float32[np.ndarray, "enc"]],
-    ) -> Float32[np.ndarray, "seq"]:
-        text = "".join(sequence.tokens)
-        null = null_cosines[text]
+    ) -> list[list[Float32[np.ndarray, "seq"]]]:
+        """Every rule on every sequence: one product of all words and all tokens."""
+        prepared = [self._prepare(sequence, encoded) for sequence in sequences]
+        starts = np.cumsum([0, *(len(p.vectors) for p in prepared[:-1])])
+        places = np.concatenate([p.places + start for p, start in zip(prepared, starts, strict=True)])
+        lengths = self._on_device(np.concatenate([p.lengths for p in prepared]))
+        null = self._on_device(np.concatenate([p.null for p in prepared]))
+        vectors = self._on_device(np.concatenate([p.vectors for p in prepared])).float()
+        cosines = self._on_device(np.concatenate(rules)) @ vectors.T
+        num_words = self._on_device(np.array([len(words) for words in rules]))
+        nearest = largest_of_each(cosines, num_words, empty=0.0)
         # Divided by the room above the null, so that a cosine of 1 becomes a full activation.
-        excess = (largest_cosine(encoded[text], rule) - null) / np.maximum(1 - null, 1e-3)
-        nearest = to_subject_tokens(excess, encoded[text].spans, sequence.tokens)
-        return MAX_STRENGTH * np.clip(nearest, 0, 1)
+        excess = (nearest - null) / (1 - null).clamp(min=1e-3)
+        predicted = largest_of_each(excess.T[self._on_device(places)], lengths, empty=-1.0)
+        values = (MAX_STRENGTH * predicted.clamp(0, 1)).T.cpu().numpy()
+        cuts = np.cumsum([len(sequence.tokens) for sequence in sequences])[:-1]
+        return [np.split(of_rule, cuts) for of_rule in values]
 
-    def _null_cosines(self, text: EncodedText) -> Float32[np.ndarray, "enc"]:
-        return np.mean([largest_cosine(text, null) for null in self._nulls], axis=0)
+    def _prepare(self, sequence: TokenSequence, encoded: dict[str, EncodedText]) -> _Sequence:
+        text = encoded["".join(sequence.tokens)]
+        vectors = text.vectors.astype(np.float32)
+        null = np.mean([(vectors @ words.T).max(axis=1) for words in self._nulls], axis=0)
+        return _Sequence(text.vectors, null.astype(np.float32), *places_of(text.spans, sequence.tokens))
+
+    def _on_device(self, values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values).to(self._encoder.device)
 
     def _encode(self, texts: list[str]) -> dict[str, EncodedText]:
         """Vectors of each text, from the cache where they are."""

@@ -1,13 +1,15 @@
 import numpy as np
 import pytest
 
-from rayinterp.config import LexicalConfig, OneShotConfig, TreeConfig
+from rayinterp.config import CascadeConfig, LexicalConfig, OneShotConfig, TreeConfig
 from rayinterp.explain.explainer import Outcome
 from rayinterp.explain.runner import (
+    Cascade,
     Evaluation,
     Evaluator,
     arm_ids,
     calls_per_feature,
+    cascade_of,
     features_with_llm,
     search_feature,
     why_not,
@@ -81,6 +83,45 @@ async def test_a_search_runs_to_its_end_and_chooses_on_valid(records):
     assert [node.status for node in search.nodes] == ["ok", "ok", "parse_error", "ok", "duplicate", "ok", "ok"]
     assert search.winner().explanation == (Rule("better", 5),)
     assert search.nodes[3].cost_usd == 0.1
+
+
+async def test_a_cheap_first_look_prunes_each_round_and_the_rest_goes_to_the_simulator(records):
+    cheap = {"good": 0.1, "better": 0.8, "best": 0.9, "late": None}
+    evaluated = []
+
+    async def evaluate(explanation):
+        evaluated.append(explanation[0].activates_on)
+        return Evaluation(0.5 + 0.01 * len(evaluated), 0.5, "feedback")
+
+    async def look(explanation):
+        return cheap.get(explanation[0].activates_on, 0.5)
+
+    names = ["good", "better", "best", "late", "x"]
+    search = await search_feature(TREE, records, evaluate, proposer(names), Cascade(look, keep=1))
+    statuses = {}
+    for node in search.nodes:
+        statuses.setdefault((node.depth, node.explanation[0].activates_on), []).append(node.status)
+    assert statuses[0, "better"] == ["ok"] and statuses[0, "good"] == ["pruned"]
+    assert evaluated[0] == "better"  # the best by the cheap look, and the only one of its round
+    assert [node.status for node in search.nodes if node.depth == 1].count("ok") == 1
+    assert all(
+        node.train_score is None and node.valid_score is None for node in search.nodes if node.status == "pruned"
+    )
+    assert all(
+        node.cascade_score is not None for node in search.nodes if node.status == "pruned" and node.kind == "llm"
+    )
+    audited = await search_feature(TREE, records, evaluate, proposer(names), Cascade(look, keep=99))
+    assert not [node for node in audited.nodes if node.status == "pruned"]
+
+
+def test_the_audited_features_are_a_seeded_share(records):
+    config = CascadeConfig(simulator="s", keep=2, audit=0.3)
+    features = [FeatureId("a", index) for index in range(400)]
+    kept = [cascade_of(config, feature, records, None, seed=0).keep for feature in features]
+    assert 80 < sum(keep > 2 for keep in kept) < 160
+    assert kept == [cascade_of(config, feature, records, None, seed=0).keep for feature in features]
+    nobody = config.model_copy(update={"audit": 0.0})
+    assert {cascade_of(nobody, feature, records, None, seed=0).keep for feature in features} == {2}
 
 
 async def test_without_an_llm_the_tree_keeps_its_lexical_root(records):

@@ -2,15 +2,18 @@
 
 import numpy as np
 import pytest
+import torch
 
 from rayinterp import embedded
 from rayinterp.simulate.late_interaction import (
     LateInteractionSimulator,
     content_spans,
+    content_vectors,
+    largest_of_each,
     overlapping,
-    to_subject_tokens,
+    places_of,
 )
-from rayinterp.simulate.simulator import RuleRequest, TokenSequence
+from rayinterp.simulate.simulator import NULL_EXPLANATIONS, RuleRequest, TokenSequence
 
 CONCEPTS = {
     "the word 'ago', 'since'": (" It", " was", " four", " years", " ag", "o", ",", " in", " the", " spring", "\n\n"),
@@ -84,7 +87,39 @@ def test_content_of_a_rule():
 def test_alignment_by_offsets():
     spans = np.array([[0, 2], [2, 5], [6, 9]])
     assert overlapping(spans, [(0, 5), (5, 6), (4, 7)]).tolist() == [[0, 2], [2, 2], [1, 3]]
-    similarities = np.array([0.1, 0.9, 0.4], dtype=np.float32)
     # "abcde fgh" as the subject's tokens "abc", "de", " ", "fgh"; the second and third share no encoder token.
-    aligned = to_subject_tokens(similarities, spans, ("abc", "de", " ", "fgh"))
-    assert aligned == pytest.approx([0.9, 0.9, -1, 0.4])
+    places, lengths = places_of(spans, ("abc", "de", " ", "fgh"))
+    assert lengths.tolist() == [2, 1, 0, 1]
+    assert places.tolist() == [0, 1, 1, 2]
+
+
+def test_the_largest_of_each_stretch():
+    values = torch.tensor([[1.0, -5.0], [3.0, -6.0], [2.0, -7.0]])
+    found = largest_of_each(values, torch.tensor([2, 0, 1]), empty=-1.0)
+    assert found.tolist() == [[3.0, -5.0], [-1.0, -1.0], [2.0, -7.0]]
+
+
+def test_a_batch_predicts_what_one_pair_after_another_does(simulator):
+    """Against the definition: the largest cosine with a word of the rule, less the mean over the null texts."""
+    sequences = tuple(TokenSequence(index, tokens) for index, tokens in enumerate(CONCEPTS.values()))
+    requests = [RuleRequest(rule, sequences[: 2 + i]) for i, rule in enumerate(CONCEPTS)]
+    encoded = simulator._encode(
+        [*(r.rule for r in requests), *NULL_EXPLANATIONS, *("".join(s.tokens) for s in sequences)]
+    )
+    for request, answer in zip(requests, simulator.simulate(requests), strict=True):
+        words = content_vectors(encoded[request.rule], request.rule)
+        for sequence, predicted in zip(request.sequences, answer, strict=True):
+            text = encoded["".join(sequence.tokens)]
+            vectors = text.vectors.astype(np.float32)
+            nulls = [(vectors @ content_vectors(encoded[n], n).T).max(1) for n in NULL_EXPLANATIONS]
+            null = np.mean(nulls, axis=0)
+            excess = ((vectors @ words.T).max(1) - null) / (1 - null)
+            start = 0
+            for place, token in enumerate(sequence.tokens):
+                stop = start + len(token)
+                touching = [
+                    e for e, (first, last) in zip(excess, text.spans, strict=True) if first < stop and last > start
+                ]
+                expected = 5 * np.clip(max(touching, default=0), 0, 1) if token.strip() else 0
+                assert predicted[place] == pytest.approx(expected, abs=1e-4), (request.rule, token)
+                start = stop

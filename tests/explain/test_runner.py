@@ -98,12 +98,7 @@ async def test_a_cheap_first_look_prunes_each_round_and_the_rest_goes_to_the_sim
 
     names = ["good", "better", "best", "late", "x"]
     search = await search_feature(TREE, records, evaluate, proposer(names), Cascade(look, keep=1))
-    statuses = {}
-    for node in search.nodes:
-        statuses.setdefault((node.depth, node.explanation[0].activates_on), []).append(node.status)
-    assert statuses[0, "better"] == ["ok"] and statuses[0, "good"] == ["pruned"]
-    assert evaluated[0] == "better"  # the best by the cheap look, and the only one of its round
-    assert [node.status for node in search.nodes if node.depth == 1].count("ok") == 1
+    assert evaluated == ["better", "best", "x"]  # of each round the best by the cheap look
     assert all(
         node.train_score is None and node.valid_score is None for node in search.nodes if node.status == "pruned"
     )

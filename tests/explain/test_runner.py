@@ -105,7 +105,7 @@ async def test_a_cheap_first_look_prunes_each_round_and_the_rest_goes_to_the_sim
     assert all(
         node.cascade_score is not None for node in search.nodes if node.status == "pruned" and node.kind == "llm"
     )
-    audited = await search_feature(TREE, records, evaluate, proposer(names), Cascade(look, keep=99))
+    audited = await search_feature(TREE, records, evaluate, proposer([*names, "y", "z"]), Cascade(look, keep=99))
     assert not [node for node in audited.nodes if node.status == "pruned"]
 
 

@@ -2,7 +2,7 @@
 
 null           texts that say nothing about the feature (not those that calibrate the simulator)
 shuffled       the explanations of other features of the same SAE
-token_lookup   a table from token id to its mean activation on train: no explanation at all
+token_lookup   a table from token to its mean activation on train: no explanation at all
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rayinterp.records import ActivationRecord
+from rayinterp.simulate.simulator import RuleRequest, TokenSequence
 from rayinterp.sources import generator_for
 from rayinterp.subject import FeatureId
 
@@ -21,16 +22,22 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 
-def token_lookup(
-    train: Sequence[ActivationRecord], records: Sequence[ActivationRecord]
-) -> list[Float[np.ndarray, "seq"]]:
-    """Predicts each token's mean activation over the train records; tokens not seen there are silent."""
-    values: dict[int, list[float]] = defaultdict(list)
-    for record in train:
-        for token, activation in zip(record.token_ids, record.activations.tolist(), strict=True):
-            values[token].append(activation)
-    means = {token: float(np.mean(seen)) for token, seen in values.items()}
-    return [np.array([means.get(token, 0.0) for token in r.token_ids], dtype=np.float32) for r in records]
+class TokenLookupSimulator:
+    """Predicts each token's mean activation over train records, whatever the rule; tokens not seen there are silent."""
+
+    def __init__(self, train: Sequence[ActivationRecord]) -> None:
+        values: dict[str, list[float]] = defaultdict(list)
+        for record in train:
+            for token, activation in zip(record.sequence.tokens, record.activations.tolist(), strict=True):
+                values[token].append(activation)
+        self._means = {token: float(np.mean(seen)) for token, seen in values.items()}
+
+    def simulate(self, requests: list[RuleRequest]) -> list[list[Float[np.ndarray, "seq"]]]:
+        """As `Simulator` asks for; on the scale of explanations, which a lookup may exceed."""
+        return [[self._predict(sequence) for sequence in request.sequences] for request in requests]
+
+    def _predict(self, sequence: TokenSequence) -> Float[np.ndarray, "seq"]:
+        return np.array([self._means.get(token, 0.0) for token in sequence.tokens], dtype=np.float32)
 
 
 def shuffled_features(feature: FeatureId, others: Sequence[FeatureId], count: int, seed: int) -> list[FeatureId]:

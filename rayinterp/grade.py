@@ -17,7 +17,7 @@ import ray
 
 from rayinterp import rule_negatives
 from rayinterp.config import LLMSimulatorConfig, RunConfig, arm_id
-from rayinterp.controls import shuffled_features, token_lookup
+from rayinterp.controls import TokenLookupSimulator, shuffled_features
 from rayinterp.explanation import Explanation, from_json
 from rayinterp.progress import Progress, silent
 from rayinterp.records import ActivationRecord, load_records
@@ -80,11 +80,13 @@ def grade(
         name: [combine(e, [simulated[r.activates_on] for r in e]) for e in group]
         for name, group in work.shuffled.items()
     }
+    any_rule = RuleRequest("", tuple(record.sequence for record in test))
+    (looked_up,) = TokenLookupSimulator(records["train"]).simulate([any_rule])
     predictions: list[tuple[str, str, list[list[np.ndarray]]]] = [
         *((name, "", [predicted]) for name, predicted in explained.items()),
         *((name, "shuffled", group) for name, group in shuffled.items()),
         ("", "null", nulls),
-        ("", "token_lookup", [token_lookup(records["train"], test)]),
+        ("", "token_lookup", [looked_up]),
     ]
     scores = [
         row

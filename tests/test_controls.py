@@ -1,8 +1,8 @@
 import numpy as np
 
-from rayinterp.controls import shuffled_features, token_lookup
+from rayinterp.controls import TokenLookupSimulator, shuffled_features
 from rayinterp.records import ActivationRecord
-from rayinterp.simulate.simulator import CONTROL_NULLS, NULL_EXPLANATIONS, TokenSequence
+from rayinterp.simulate.simulator import CONTROL_NULLS, NULL_EXPLANATIONS, RuleRequest, TokenSequence
 from rayinterp.subject import FeatureId
 
 
@@ -13,8 +13,11 @@ def record(token_ids, activations):
 
 def test_the_lookup_is_the_mean_over_train_and_silent_on_new_tokens():
     train = [record([1, 2, 1], [4.0, 0.0, 2.0]), record([2, 3], [0.0, 1.0])]
-    (predicted,) = token_lookup(train, [record([1, 2, 3, 9], [0, 0, 0, 0])])
-    assert predicted.tolist() == [3.0, 0.0, 1.0, 0.0]
+    sequence = record([1, 2, 3, 9], [0, 0, 0, 0]).sequence
+    simulator = TokenLookupSimulator(train)
+    for rule in ("ships", "anything else"):
+        ((predicted,),) = simulator.simulate([RuleRequest(rule, (sequence,))])
+        assert predicted.tolist() == [3.0, 0.0, 1.0, 0.0]
 
 
 def test_shuffled_features_are_others_of_the_same_sae():

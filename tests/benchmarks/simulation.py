@@ -7,13 +7,12 @@ logits over the whole vocabulary at every position. Plain: every prompt from its
 from __future__ import annotations
 
 import asyncio
-import copy
 import random
 
 import ray
 import torch
 from ray import serve
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM
 
 from rayinterp import embedded
 from rayinterp.config import ServiceResources, TransformersSimulatorConfig
@@ -22,6 +21,7 @@ from rayinterp.explanation import Explanation, Rule
 from rayinterp.simulate.serve import deploy_simulator
 from rayinterp.simulate.simulator import NULL_EXPLANATIONS, Memo, RuleRequest, TokenSequence, with_nulls
 from rayinterp.simulate.transformers import TransformersSimulator
+from tests.benchmarks._prompts import header_cached, plain
 from tests.benchmarks.measure import Row, compare
 
 NAME = "simulation"
@@ -51,42 +51,14 @@ def engines() -> list[Row]:
     ]
     prompts = [[*prompt.header, *suffix] for suffix in suffixes]
 
-    def padded(batch: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        width = max(map(len, batch))
-        ids = torch.tensor([ids + [0] * (width - len(ids)) for ids in batch])
-        return ids, torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in batch])
-
-    @torch.inference_mode()
-    def plain() -> None:
-        for start in range(0, len(prompts), 2):
-            ids, mask = padded(prompts[start : start + 2])
-            model(input_ids=ids, attention_mask=mask).logits.log_softmax(-1)
-
-    @torch.inference_mode()
-    def reference() -> None:
-        header = DynamicCache()
-        model(input_ids=torch.tensor([prompt.header]), past_key_values=header, use_cache=True)
-        for start in range(0, len(suffixes), 2):
-            ids, mask = padded(suffixes[start : start + 2])
-            cache = copy.deepcopy(header)
-            cache.batch_repeat_interleave(len(ids))
-            mask = torch.cat([torch.ones(len(ids), len(prompt.header), dtype=mask.dtype), mask], dim=1)
-            model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits.log_softmax(-1)
-
-    @torch.inference_mode()
-    def digits_alone() -> None:
-        """The reference's way, with six rows of the head instead of all."""
-        header = DynamicCache()
-        simulator._model(input_ids=torch.tensor([prompt.header]), past_key_values=header, use_cache=True)
-        for start in range(0, len(suffixes), 2):
-            ids, mask = padded(suffixes[start : start + 2])
-            cache = copy.deepcopy(header)
-            cache.batch_repeat_interleave(len(ids))
-            mask = torch.cat([torch.ones(len(ids), len(prompt.header), dtype=mask.dtype), mask], dim=1)
-            simulator._model(input_ids=ids, attention_mask=mask, past_key_values=cache)
-
     def packed() -> None:
         simulator.log_probs(requests)
+
+    def reference() -> None:
+        header_cached(model, prompt.header, suffixes)
+
+    def digits_alone() -> None:
+        header_cached(simulator._model, prompt.header, suffixes)
 
     num_packed = sum(len(prompt.rule(r.rule)) for r in requests) + sum(
         len(prompt.record(s.tokens).ids) for r in requests for s in r.sequences
@@ -95,7 +67,7 @@ def engines() -> list[Row]:
     pairs = len(prompts)
     return [
         compare("packed against the reference's way", packed, reference, pairs, "pairs/s", target=2.0),
-        compare("packed against plain prompts", packed, plain, pairs, "pairs/s", target=4.0),
+        compare("packed against plain prompts", packed, lambda: plain(model, prompts), pairs, "pairs/s", target=4.0),
         compare("the reference's way with six rows of the head", digits_alone, reference, pairs, "pairs/s", target=1.0),
         Row("tokens per pair, packed against plain", num_packed / pairs, num_plain / pairs, num_plain / num_packed,
             "tokens", None, None),

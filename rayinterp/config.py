@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -608,9 +609,12 @@ def content_of(arm: BaseModel) -> dict[str, Any]:
 
 
 def service_name(kind: Literal["simulator", "llm"], name: str, config: RunConfig) -> str:
-    """The Serve app of an arm: runs that share a cluster have arms of the same names, and an arm may change."""
+    """The Serve app of an arm: runs that share a cluster have arms of the same names, and an arm may change, or its
+    replicas, or this package."""
     arm = (config.simulators if kind == "simulator" else config.llms)[name]
-    content = f"{config.run_dir} {arm.model_dump_json()}"
+    replicas = getattr(config.resources, kind)
+    parts = (config.run_dir, arm.model_dump_json(), replicas.model_dump_json(), metadata.version("rayinterp"))
+    content = " ".join(parts)
     return f"{kind}-{name}-{hashlib.sha256(content.encode()).hexdigest()[:6]}"
 
 

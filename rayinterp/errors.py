@@ -6,3 +6,7 @@ class UserError(Exception):
 
     The message names the field, the value it got and what to do about it.
     """
+
+
+class EngineError(RuntimeError):
+    """A model failed while it computed: the request may succeed on another replica."""

@@ -36,6 +36,8 @@ class FeatureWork(NamedTuple):
     """What one simulator grades for one feature."""
 
     feature: FeatureId
+    settings: str
+    """From `settings_of`."""
     explanations: dict[str, Explanation]
     """By explainer arm id."""
     shuffled: dict[str, list[Explanation]]
@@ -53,6 +55,21 @@ class Graded(NamedTuple):
 
     scores: list[dict[str, Any]]
     predictions: list[dict[str, Any]]
+
+
+def settings_of(config: RunConfig, num_rule_negatives: int) -> str:
+    """What a feature's scores depend on besides arms and records: they are made again where it has changed."""
+    score = config.score
+    return f"bootstrap {score.num_bootstrap}, shuffled {score.num_shuffled}, rule negatives " + (
+        f"{score.num_rule_negatives} an arm, {num_rule_negatives} in all" if score.num_rule_negatives else "0"
+    )
+
+
+def count_rule_negatives(config: RunConfig, tables: Tables) -> Counter[str]:
+    """Test records by feature that its explanations called for, if they are graded on."""
+    if not config.score.num_rule_negatives:
+        return Counter()
+    return Counter(tables.read("test_records", ["feature_key"])["feature_key"].to_pylist())
 
 
 def graded_sources(config: RunConfig) -> tuple[str, ...]:
@@ -107,7 +124,7 @@ def grade(
         for explainer, predicted in explained.items()
         for record, values in zip(test, predicted, strict=True)
     ]
-    return Graded(scores, kept)
+    return Graded([{**row, "settings": work.settings} for row in scores], kept)
 
 
 def _score_rows(
@@ -220,13 +237,12 @@ def read_explained(tables: Tables, explainers: list[str]) -> dict[FeatureId, Exp
     return by_feature
 
 
-def count_test_records(tables: Tables, max_records: int | None) -> Counter[str]:
+def count_test_records(tables: Tables, rule_negatives: Counter[str], max_records: int | None) -> Counter[str]:
     """Test records by feature, at most `max_records` of each source."""
     counts: Counter[str] = Counter()
     for row in tables.read("record_counts", ["feature_key", "found"], "split = 'test'").to_pylist():
         counts[row["feature_key"]] += row["found"] if max_records is None else min(row["found"], max_records)
-    rule_negative = Counter(tables.read("test_records", ["feature_key"])["feature_key"].to_pylist())
-    counts.update({key: n if max_records is None else min(n, max_records) for key, n in rule_negative.items()})
+    counts.update({key: n if max_records is None else min(n, max_records) for key, n in rule_negatives.items()})
     return counts
 
 
@@ -265,14 +281,16 @@ def plan_grading(
     llm = arm if isinstance(arm, LLMSimulatorConfig) else None
     pairs_left = llm.max_pairs if llm else None
     num_nulls = len(NULL_EXPLANATIONS) if llm and llm.calibration != "none" else 0
-    num_records = count_test_records(tables, llm.max_records if llm else None)
+    called_for = count_rule_negatives(config, tables)
+    num_records = count_test_records(tables, called_for, llm.max_records if llm else None)
     by_feature = read_explained(tables, explainers)
     work: list[FeatureWork] = []
     unscored: list[dict[str, Any]] = []
 
     def leave_out(feature: FeatureId, explainer: str, status: str) -> None:
-        sources = graded_sources(config)
-        unscored.extend(unscored_rows(feature, explainer, "", arm_id(simulator, arm), sources, status))
+        settings = settings_of(config, called_for[str(feature)])
+        rows = unscored_rows(feature, explainer, "", arm_id(simulator, arm), graded_sources(config), status)
+        unscored.extend({**row, "settings": settings} for row in rows)
 
     for feature in first_of_each_sae(by_feature, arm.num_features):
         explained = by_feature[feature]
@@ -281,7 +299,7 @@ def plan_grading(
         if not explained.explanations:
             continue
         shuffled = shuffled_explanations(feature, by_feature, config)
-        one = FeatureWork(feature, explained.explanations, shuffled)
+        one = FeatureWork(feature, settings_of(config, called_for[str(feature)]), explained.explanations, shuffled)
         if pairs_left is not None:
             pairs_left -= (len(one.rules()) + num_nulls) * num_records[str(feature)]
         if pairs_left is not None and pairs_left < 0:
@@ -358,7 +376,7 @@ def plan_score(config: RunConfig, tables: Tables, explainers: list[str]) -> Scor
     plan = ScorePlan([], [], 0)
     for simulator in config.score.simulators:
         work, unscored = plan_grading(config, tables, simulator, explainers)
-        finished = _finished(tables, arm_id(simulator, config.simulators[simulator]), graded_sources(config))
+        finished = _finished(config, tables, simulator)
         left = [w for w in work if not {(str(w.feature), e) for e in w.explanations} <= finished]
         plan.blocks.extend((simulator, left[i : i + BLOCK]) for i in range(0, len(left), BLOCK))
         plan.unscored.extend(row for row in unscored if (row["feature_key"], row["explainer"]) not in finished)
@@ -371,17 +389,22 @@ def run_score(
 ) -> dict[str, int]:
     """Grades what the plan names, in Ray tasks; the simulators it names must have been deployed."""
     task = ray.remote(grade_block).options(num_cpus=config.resources.score.num_cpus)
-    tables.append("scores", plan.unscored)
+    _replace_scores(tables, plan.unscored)
     done = plan.num_finished
     total = done + sum(len(block) for _, block in plan.blocks)
     progress(done, total)
-    waiting = {task.remote(block, simulator, config, tables, committer): len(block) for simulator, block in plan.blocks}
-    while waiting:
+    left, waiting = list(plan.blocks), {}
+    # A request waits behind those before it, and its time runs: no more than keep the replicas busy.
+    in_flight = 2 * max(config.resources.simulator.most_actors, 1)
+    while left or waiting:
+        while left and len(waiting) < in_flight:
+            simulator, block = left.pop(0)
+            waiting[task.remote(block, simulator, config, tables, committer)] = len(block)
         (ready,), _ = ray.wait(list(waiting), num_returns=1)
         graded = ray.get(ready)
         # Scores go last: they mark the features as finished.
         tables.append("predictions", graded.predictions)
-        tables.append("scores", graded.scores)
+        _replace_scores(tables, graded.scores)
         done += waiting.pop(ready)
         progress(done, total)
     if plan.blocks:
@@ -392,12 +415,30 @@ def run_score(
     return {status: statuses.count(status) for status in sorted(set(statuses))}
 
 
-def _finished(tables: Tables, simulator: str, sources: Sequence[str]) -> set[tuple[str, str]]:
-    """(feature, explainer) that have a score, or a reason why not, under every source."""
-    where = f"simulator = '{simulator}' and control = '' and {sql_in('source', sources)}"
-    rows = tables.read("scores", ["feature_key", "explainer", "source"], where).to_pylist()
-    under = {(row["feature_key"], row["explainer"], row["source"]) for row in rows}
-    return {(key, explainer) for key, explainer, _ in under if all((key, explainer, s) in under for s in sources)}
+def _finished(config: RunConfig, tables: Tables, simulator: str) -> set[tuple[str, str]]:
+    """(feature, explainer) that have a score, or a reason why not, under every source and the present settings."""
+    sources, called_for = graded_sources(config), count_rule_negatives(config, tables)
+    arm = arm_id(simulator, config.simulators[simulator])
+    where = f"simulator = '{arm}' and control = '' and {sql_in('source', sources)}"
+    under: dict[tuple[str, str], set[str]] = {}
+    for row in tables.read("scores", ["feature_key", "explainer", "source", "settings"], where).to_pylist():
+        if row["settings"] == settings_of(config, called_for[row["feature_key"]]):
+            under.setdefault((row["feature_key"], row["explainer"]), set()).add(row["source"])
+    return {pair for pair, found in under.items() if found >= set(sources)}
+
+
+def _replace_scores(tables: Tables, rows: list[dict[str, Any]]) -> None:
+    """Appends scores in place of those of the same feature, explainer and simulator that other settings made."""
+    by_settings: dict[tuple[str, str], set[str]] = {}
+    for row in rows:
+        by_settings.setdefault((row["simulator"], row["settings"]), set()).add(row["feature_key"])
+    explainers = sorted({row["explainer"] for row in rows})
+    for (simulator, settings), features in by_settings.items():
+        same = f"simulator = '{simulator}' and {sql_in('explainer', explainers)}"
+        outdated = f"{same} and {sql_in('feature_key', sorted(features))} and settings != '{settings}'"
+        if tables.count("scores", outdated):
+            tables.delete("scores", outdated)
+    tables.append("scores", rows)
 
 
 def ungraded(config: RunConfig, tables: Tables, explainers: list[str]) -> dict[FeatureId, dict[str, Explanation]]:
@@ -406,7 +447,7 @@ def ungraded(config: RunConfig, tables: Tables, explainers: list[str]) -> dict[F
     found: dict[FeatureId, dict[str, Explanation]] = {}
     for simulator in config.score.simulators:
         arm = config.simulators[simulator]
-        finished = _finished(tables, arm_id(simulator, arm), graded_sources(config))
+        finished = _finished(config, tables, simulator)
         for feature in first_of_each_sae(by_feature, arm.num_features):
             explanations = by_feature[feature].explanations
             if not {(str(feature), explainer) for explainer in explanations} <= finished:

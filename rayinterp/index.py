@@ -45,9 +45,10 @@ class Embedder:
         assert dim is not None, f"{config.index.embedder} does not know the length of its vectors"
         self._schema = embeddings_schema(dim, pa.from_numpy_dtype(config.index.dtype))
         tables.create_empty("embeddings", self._schema)
-        check_dimension(config.index.embedder, dim, tables)
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        # Not in the constructor, whose refusal would reach the user as a dead actor.
+        check_dimension(self._config.embedder, self._model.get_embedding_dimension(), self._tables)
         shard = int(item["shard"])
         columns = ["sequence_id", "split", "shard", "row", "text"]
         sequences = self._tables.read("sequences", columns, f"shard = {shard}").sort_by("row")

@@ -164,19 +164,34 @@ def displayed(activations: Float[np.ndarray, "seq"]) -> list[int]:
     return [0 if a == 0 else int(np.clip(round(float(a)), 1, MAX_STRENGTH)) for a in activations]
 
 
+def shard_order(corpus: Corpus) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "shards"]]:
+    """Postings name (shard, row), the corpus is in sequence_id order: order[starts[shard] + row] is the place."""
+    order = np.lexsort((corpus.shard_rows[:, 1], corpus.shard_rows[:, 0]))
+    shards = corpus.shard_rows[order, 0]
+    return order, np.searchsorted(shards, np.arange(shards[-1] + 1))
+
+
 def read_activities(tables: Tables, features: Sequence[FeatureId], corpus: Corpus) -> dict[FeatureId, Activity]:
     """Where each of some features is active; features that never are have no entry."""
     postings = tables.read("activations", where=sql_in("feature_key", map(str, features)))
     by_key = np.asarray(postings["feature_key"].to_pylist())
-    # Postings name (shard, row); the corpus is in sequence_id order.
-    order = np.lexsort((corpus.shard_rows[:, 1], corpus.shard_rows[:, 0]))
-    shards = corpus.shard_rows[order, 0]
-    starts = np.searchsorted(shards, np.arange(shards[-1] + 1))
+    order, starts = shard_order(corpus)
     return {
         feature: read_activity(postings.filter(pa.array(by_key == str(feature))), starts, order)
         for feature in features
         if (by_key == str(feature)).any()
     }
+
+
+def read_places(tables: Tables, features: Sequence[FeatureId], corpus: Corpus) -> dict[FeatureId, Int[np.ndarray, "m"]]:
+    """Places in the corpus at which each of some features is active, ascending: all that silence asks for."""
+    rows = tables.read("activations", ["feature_key", "shard", "rows"], sql_in("feature_key", map(str, features)))
+    order, starts = shard_order(corpus)
+    places: dict[FeatureId, list[np.ndarray]] = {feature: [] for feature in features}
+    for row in rows.to_pylist():
+        places[FeatureId.parse(row["feature_key"])].append(order[starts[row["shard"]] + np.asarray(row["rows"])])
+    nowhere = np.array([], dtype=np.int64)
+    return {feature: np.sort(np.concatenate([nowhere, *of_feature])) for feature, of_feature in places.items()}
 
 
 def block_records(

@@ -244,12 +244,12 @@ MIN_RANKED = 3
 def cascade_summaries(candidates: pa.Table, order: Order, config: RunConfig) -> list[CascadeSummary]:
     """One row per explainer arm that has candidates pruned, or could have had."""
     columns = ["explainer", "feature_key", "status", "cascade_score", "train_score"]
-    looked_at = candidates.select(columns).filter(
-        pc.field("cascade_score").is_valid() | (pc.field("status") == "pruned")
-    )
+    in_cascade = pc.field("cascade_score").is_valid() | (pc.field("status") == "pruned")
+    arms = pc.unique(candidates.filter(in_cascade)["explainer"])  # pyright: ignore[reportAttributeAccessIssue]
     by_arm: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for node in looked_at.to_pylist():
-        by_arm.setdefault(node["explainer"], {}).setdefault(node["feature_key"], []).append(node)
+    for node in candidates.select(columns).filter(pc.field("explainer").isin(arms)).to_pylist():
+        if node["status"] in ("ok", "undefined", "pruned"):
+            by_arm.setdefault(node["explainer"], {}).setdefault(node["feature_key"], []).append(node)
     summaries = []
     for arm in order.explainers:
         if arm not in by_arm:

@@ -15,13 +15,13 @@ import numpy as np
 
 from rayinterp.config import RunConfig
 from rayinterp.index import TableVectors, check_dimension, embedder_path
-from rayinterp.records import load_corpus, read_activities
-from rayinterp.sources import SPLITS, Activity
+from rayinterp.records import load_corpus, read_places
+from rayinterp.sources import SPLITS
 from rayinterp.subject import FeatureId
 from rayinterp.tables import Tables
 
-NUM_ACTIVITIES = 512
-"""Features whose activity is kept at hand."""
+NUM_FEATURES = 512
+"""Features whose places of activity are kept at hand: a search asks again each round."""
 
 
 class SilentRequest(NamedTuple):
@@ -55,7 +55,8 @@ class Retriever:
         self._vectors = TableVectors(tables, self._corpus, config.index)
         self._encoder = SentenceTransformer(embedder_path(config.index.embedder))
         check_dimension(config.index.embedder, self._encoder.get_embedding_dimension(), tables)
-        self._activities: OrderedDict[FeatureId, Activity] = OrderedDict()
+        self._places: OrderedDict[FeatureId, np.ndarray] = OrderedDict()
+        """Where each feature is active."""
 
     def silent(self, requests: Sequence[SilentRequest]) -> list[list[Found]]:
         """For each request its nearest silent sequences, best first, each once; fewer where the split has no more."""
@@ -64,7 +65,7 @@ class Retriever:
             return [[] for _ in requests]
         owners = [number for number, request in enumerate(requests) for _ in request.texts]
         self._read([request.feature for request in requests])
-        excluded = [self._places(requests[owner].feature) for owner in owners]
+        excluded = [self._places[requests[owner].feature] for owner in owners]
         queries = self._encoder.encode(texts, normalize_embeddings=True, show_progress_bar=False)
         most = max(request.count for request in requests)
         hits = self._vectors.search(np.asarray(queries), excluded, most)
@@ -83,14 +84,9 @@ class Retriever:
         ]
 
     def _read(self, features: Sequence[FeatureId]) -> None:
-        missing = [feature for feature in dict.fromkeys(features) if feature not in self._activities]
-        self._activities.update(read_activities(self._tables, missing, self._corpus))
+        missing = [feature for feature in dict.fromkeys(features) if feature not in self._places]
+        self._places.update(read_places(self._tables, missing, self._corpus) if missing else {})
         for feature in features:
-            if feature in self._activities:
-                self._activities.move_to_end(feature)
-        while len(self._activities) > max(NUM_ACTIVITIES, len(set(features))):
-            self._activities.popitem(last=False)
-
-    def _places(self, feature: FeatureId) -> np.ndarray:
-        activity = self._activities.get(feature)
-        return np.array([], dtype=np.int64) if activity is None else activity.places
+            self._places.move_to_end(feature)
+        while len(self._places) > max(NUM_FEATURES, len(set(features))):
+            self._places.popitem(last=False)

@@ -2,13 +2,13 @@
 
     explanations of a feature, of all arms -> `Retriever` -> their union, on which every arm is graded
 
-An arm that joins later may add to a feature's union; scores on the smaller one are dropped, to be made again.
+An arm that joins later may add to a feature's union; what was graded on the smaller one is then graded again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import ray
@@ -32,13 +32,21 @@ Explained = Mapping[FeatureId, Mapping[str, Explanation]]
 """Explanations by explainer arm id, by feature."""
 
 
-def union(found: Mapping[str, Sequence[Found]]) -> list[tuple[str, Found]]:
+class CalledFor(NamedTuple):
+    """A silent sequence, and the arm that called for it first."""
+
+    arm: str
+    rank: int
+    hit: Found
+
+
+def union(found: Mapping[str, Sequence[Found]]) -> list[CalledFor]:
     """What each arm called for, every sequence once: the best of every arm, then the second best, and so on."""
-    merged: dict[int, tuple[str, Found]] = {}
+    merged: dict[int, CalledFor] = {}
     for rank in range(max(map(len, found.values()), default=0)):
         for arm in sorted(found):
             for hit in found[arm][rank : rank + 1]:
-                merged.setdefault(hit.sequence_id, (arm, hit))
+                merged.setdefault(hit.sequence_id, CalledFor(arm, rank, hit))
     return list(merged.values())
 
 
@@ -46,15 +54,18 @@ class RuleNegatives:
     """Finds them for blocks of features: run as a Ray actor."""
 
     def __init__(self, config: RunConfig, tables: Tables) -> None:
-        self._tables, self._count = tables, config.score.num_rule_negatives
-        self._retriever = Retriever(config, tables)
+        self._config, self._tables = config, tables
         self._tokenizer = load_tokenizer(config)
+        self._retriever: Retriever | None = None
 
     def rows(self, block: Explained) -> list[dict[str, Any]]:
         """Rows of `test_records` that are not there yet."""
+        # Made here, for a refusal to reach the user as what it is: one from the constructor is a dead actor.
+        self._retriever = self._retriever or Retriever(self._config, self._tables)
+        count = self._config.score.num_rule_negatives
         arms = [(feature, arm) for feature, explanations in block.items() for arm in sorted(explanations)]
         requests = [
-            SilentRequest(feature, tuple(rule.activates_on for rule in block[feature][arm]), "test", self._count)
+            SilentRequest(feature, tuple(rule.activates_on for rule in block[feature][arm]), "test", count)
             for feature, arm in arms
         ]
         found: dict[FeatureId, dict[str, list[Found]]] = {feature: {} for feature in block}
@@ -67,24 +78,24 @@ class RuleNegatives:
         for row in there.to_pylist():
             known[row["feature_key"]].add(row["sequence_id"])
         new = {
-            feature: [(arm, hit) for arm, hit in union(of_arms) if hit.sequence_id not in known[str(feature)]]
+            feature: [called for called in union(of_arms) if called.hit.sequence_id not in known[str(feature)]]
             for feature, of_arms in found.items()
         }
-        wanted = {hit.sequence_id for hits in new.values() for _, hit in hits}
+        wanted = {called.hit.sequence_id for of_feature in new.values() for called in of_feature}
         sequences = read_sequences(self._tables, wanted, self._tokenizer)
         return [
             {
                 "feature_key": str(feature),
                 "sae": feature.sae,
                 "feature": feature.index,
-                "explainer": arm,
-                "similarity": hit.similarity,
-                "rank": rank,
-                **sequences[hit.sequence_id],
-                "activations": [0.0] * len(sequences[hit.sequence_id]["token_ids"]),
+                "explainer": called.arm,
+                "similarity": called.hit.similarity,
+                "rank": called.rank,
+                **sequences[called.hit.sequence_id],
+                "activations": [0.0] * len(sequences[called.hit.sequence_id]["token_ids"]),
             }
-            for feature, hits in new.items()
-            for rank, (arm, hit) in enumerate(hits, start=len(known[str(feature)]))
+            for feature, of_feature in new.items()
+            for called in of_feature
         ]
 
 
@@ -98,17 +109,15 @@ def add_rule_negatives(config: RunConfig, tables: Tables, explained: Explained, 
         for start in range(0, len(features), BLOCK)
     ]
     resources = config.resources.index
-    actor = ray.remote(RuleNegatives).options(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus)
+    actor = ray.remote(RuleNegatives).options(
+        num_cpus=resources.num_cpus, num_gpus=resources.num_gpus, max_restarts=-1, max_task_retries=-1
+    )
     actors: list[Any] = [actor.remote(config, tables) for _ in range(min(resources.num_actors, len(blocks)))]
     done = 0
     progress(done, len(features))
     pool = ActorPool(actors)
     for rows in pool.map_unordered(lambda actor, block: actor.rows.remote(block), blocks):
-        grown = sorted({row["feature_key"] for row in rows})
-        if grown:
-            # Before the records: a crash between the two leaves scores to be made again, and none that are too old.
-            tables.delete("scores", f"source = '{SOURCE}' and {sql_in('feature_key', grown)}")
-            tables.append("test_records", rows)
+        tables.append("test_records", rows)
         done = min(done + BLOCK, len(features))
         progress(done, len(features))
     for one in actors:
@@ -116,10 +125,10 @@ def add_rule_negatives(config: RunConfig, tables: Tables, explained: Explained, 
 
 
 def load_rule_negatives(tables: Tables, features: Sequence[FeatureId]) -> dict[FeatureId, list[ActivationRecord]]:
-    """Rule negatives of some features, in rank order."""
+    """Rule negatives of some features: the nearest of every arm first, as in `union`."""
     rows = tables.read("test_records", where=sql_in("feature_key", map(str, features))).to_pylist()
     records: dict[FeatureId, list[ActivationRecord]] = {feature: [] for feature in features}
-    for row in sorted(rows, key=lambda row: row["rank"]):
+    for row in sorted(rows, key=lambda row: (row["rank"], row["explainer"])):
         records[FeatureId.parse(row["feature_key"])].append(
             ActivationRecord(
                 TokenSequence(row["sequence_id"], tuple(row["tokens"])),

@@ -142,8 +142,10 @@ def connected(config: RunConfig) -> Iterator[None]:
             check_gpus(config)
         yield
     finally:
-        _stop_services(config)
-        ray.shutdown()
+        try:
+            _stop_services(config)
+        finally:
+            ray.shutdown()
 
 
 def check_gpus(config: RunConfig) -> None:
@@ -166,7 +168,7 @@ def _stop_services(config: RunConfig) -> None:
     ours = {service_name("simulator", name, config) for name in config.simulators}
     ours |= {service_name("llm", name, config) for name in config.llms}
     for app in ours & set(serve.status().applications):
-        serve.delete(app)
+        serve.delete(app, _blocking=False)  # a replica may take minutes to answer what it has
 
 
 def deploy(run: Run, simulators: set[str], llms: set[str]) -> None:

@@ -206,7 +206,7 @@ SCHEMAS: dict[str, pa.Schema] = {
     ),
     "simulations": pa.schema(
         [
-            _field("simulator", pa.string(), "Simulator arm, name@hash of what the log-probabilities depend on."),
+            _field("simulator", pa.string(), "The LLM, name@hash of what its answers depend on; arms may share it."),
             _field("rule_hash", pa.string(), "Hash of the rule's words."),
             _field("sequence_id", pa.int64(), "The sequence."),
             _field(
@@ -235,7 +235,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             *_FEATURE,
             _field("explainer", pa.string(), "The first arm whose explanation called for it."),
             _field("similarity", pa.float32(), "Cosine to the nearest rule of that explanation."),
-            _field("rank", pa.int32(), "Place within the feature's set."),
+            _field("rank", pa.int32(), "Place among those that this arm called for, nearest first."),
             _field("sequence_id", pa.int64(), "The sequence."),
             _field("document_id", pa.int64(), "Its document."),
             _field("token_ids", _INT32S, "Its tokens."),
@@ -258,6 +258,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             _field("num_records", pa.int32(), "Records scored."),
             _field("false_positives_per_sequence", pa.float64(), "Silent tokens predicted above 1, per silent record."),
             _field("status", pa.string(), "ok, wide (few records), or why there is no value."),
+            _field("settings", pa.string(), "What else it depends on; where that has changed it is made again."),
         ]
     ),
     "predictions": pa.schema(
@@ -465,10 +466,11 @@ class Tables:
         yield from waiting.values()
         ray.kill(committer)
 
-    def finish(self, table: str) -> None:
+    def finish(self, table: str, in_use: bool = False) -> None:
         """Compacts small files, indexes the key columns, drops old versions and files that no version names.
 
-        Only while no writer is live: files written and not yet committed would go too.
+        Only while nobody else writes or reads the table, unless it is `in_use`: then what is young stays, since
+        somebody may be about to read it.
         """
         dataset = self.open(table)
         if dataset is None:
@@ -476,7 +478,10 @@ class Tables:
         dataset.optimize.compact_files()
         for column, kind in _SCALAR_INDICES.get(table, {}).items():
             dataset.create_scalar_index(column, kind, replace=True)
-        dataset.cleanup_old_versions(older_than=timedelta(0), delete_unverified=True)
+        if in_use:
+            dataset.cleanup_old_versions(older_than=KEPT_FOR_WRITERS)
+        else:
+            dataset.cleanup_old_versions(older_than=timedelta(0), delete_unverified=True)
 
     def create_vector_index(self, table: str, kind: str, num_partitions: int, num_workers: int) -> None:
         """Builds the index on `vector` with Ray tasks, once `finish`, which moves rows, is done."""
@@ -680,7 +685,7 @@ class Committer:
             self._num_appends[table] += 1
             # A commit lists all fragments before it: left alone, a night of small commits costs its square.
             if self._num_appends[table] % COMMITS_BETWEEN_COMPACTIONS == 0:
-                self._tables.finish(table)
+                self._tables.finish(table, in_use=True)
         self._rows.clear()
         self._last_flush = time.monotonic()
 

@@ -460,13 +460,21 @@ def test_what_a_cheap_first_look_spared_and_how_far_it_agrees():
         # Nothing pruned: these two tell how far the simulators agree, 1 and -0.5.
         *nodes("tree@1", "a/1", ("ok", 0.1, 0.2), ("ok", 0.2, 0.3), ("ok", 0.3, 0.9)),
         *nodes("tree@1", "a/2", ("ok", 0.1, 0.5), ("ok", 0.2, 0.9), ("ok", 0.3, 0.1), ("parse_error", None, None)),
-        *nodes("tree@1", "a/3", ("pruned", 0.1, None), ("ok", 0.2, 0.9), ("pruned", 0.0, None), ("ok", 0.9, 0.1)),
+        *nodes(
+            "tree@1",
+            "a/3",
+            ("pruned", 0.1, None),
+            ("ok", 0.2, 0.9),
+            ("pruned", 0.0, None),
+            ("ok", 0.9, 0.1),
+            ("undefined", None, None),
+        ),
         *nodes("plain@1", "a/1", ("ok", None, 0.5)),
     ]
     table = pa.Table.from_pylist(
         [{"simulator": "s", "node": i, **row} for i, row in enumerate(rows)], SCHEMAS["candidates"]
     )
     (summary,) = cascade_summaries(table, Order(("tree@1", "plain@1"), (), ()), small_config("x"))
-    assert (summary.explainer, summary.num_pruned, summary.num_simulated) == ("tree@1", 2, 8)
+    assert (summary.explainer, summary.num_pruned, summary.num_simulated) == ("tree@1", 2, 9)
     assert summary.rank_correlation.n == 2
     assert summary.rank_correlation.value == pytest.approx((1 - 0.5) / 2)

@@ -41,7 +41,9 @@ def test_the_union_takes_the_best_of_every_arm_first_and_each_sequence_once():
         return [Found(sequence_id, 0.5, 0) for sequence_id in ids]
 
     merged = union({"b": found(1, 2, 3), "a": found(2, 9), "c": []})
-    assert [(arm, hit.sequence_id) for arm, hit in merged] == [("a", 2), ("b", 1), ("a", 9), ("b", 3)]
+    assert [(arm, rank, hit.sequence_id) for arm, rank, hit in merged] == [
+        ("a", 0, 2), ("b", 0, 1), ("a", 1, 9), ("b", 2, 3)
+    ]  # fmt: skip
     assert union({}) == []
 
 
@@ -59,9 +61,10 @@ def test_every_arm_adds_the_nearest_silent_test_sequences_of_its_own_words(plant
             queries = encoder.encode([rule.activates_on for rule in explanation], normalize_embeddings=True)
             nearest = np.where(is_silent, (stored.astype(float) @ queries.T.astype(float)).max(1), -1)
             expected |= {sequences[place]["sequence_id"] for place in np.argsort(-nearest, kind="stable")[:COUNT]}
-        own = sorted((row for row in rows if row["feature"] == feature), key=lambda row: row["rank"])
-        assert {row["sequence_id"] for row in own} == expected
-        assert [row["rank"] for row in own] == list(range(len(expected)))
+        own = [row for row in rows if row["feature"] == feature]
+        assert sorted(row["sequence_id"] for row in own) == sorted(expected)
+        assert len({(row["explainer"], row["rank"]) for row in own}) == len(own)
+        assert all(row["explainer"] in arms and 0 <= row["rank"] < COUNT for row in own)
         assert all(not any(row["activations"]) and len(row["tokens"]) == 16 for row in own)
 
 
@@ -95,10 +98,13 @@ def test_an_arm_that_joins_later_adds_its_own_and_the_others_are_graded_again(pl
     assert old == [row for row in new if row in old]
 
 
-def test_the_source_can_be_left_out(planted_run, tmp_path):
+def test_the_source_can_be_left_out_and_a_change_of_what_scores_depend_on_makes_them_again(planted_run, tmp_path):
     shutil.copytree(planted_run.config.run_dir, tmp_path / "run")
-    for table in ("scores", "predictions", "test_records"):
-        shutil.rmtree(tmp_path / "run" / f"{table}.lance")
     run = run_all(planted_config(tmp_path / "run", "score.num_rule_negatives=0"), ("score",))
-    assert run.tables.count("test_records") == 0
-    assert run.tables.distinct("scores", "source") == {"similar_negative", "random_negative"}
+    graded = "num_records > 0"
+    assert run.tables.distinct("scores", "source", graded) == {"similar_negative", "random_negative"}
+    before = planted_run.tables.read("scores", where=f"source != '{SOURCE}' and {graded}")
+    assert run.tables.count("scores", graded) == len(before)
+    again = run_all(planted_config(tmp_path / "run", "score.num_bootstrap=77"), ("score",))
+    assert {s.partition(",")[0] for s in again.tables.distinct("scores", "settings", graded)} == {"bootstrap 77"}
+    assert SOURCE in again.tables.distinct("scores", "source", graded)

@@ -210,3 +210,17 @@ def test_sql_in_quotes():
     assert sql_in("a", ["x'y", "z"]) == "a in ('x''y', 'z')"
     assert sql_in("a", [1, 2]) == "a in (1, 2)"
     assert sql_in("a", []) == "false"
+
+
+def test_what_a_reader_has_opened_stays_while_a_committer_compacts(tmp_path):
+    tables = Tables(str(tmp_path))
+    rows = [{"simulator": "s@1", "rule_hash": "r", "sequence_id": i, "log_probs": [0.0] * 6} for i in range(30)]
+    for row in rows:
+        tables.append("simulations", [row])
+    tables.finish("simulations", in_use=True)
+    opened = tables.open("simulations")
+    tables.append("simulations", [{**rows[0], "sequence_id": 99}])
+    tables.finish("simulations", in_use=True)
+    assert opened.to_table(filter="sequence_id in (3, 4)").num_rows == 2
+    tables.finish("simulations")
+    assert len(tables.open("simulations").versions()) == 1

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from ray import serve
-from ray.exceptions import RayActorError
+from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.util.metrics import Counter
 
 from rayinterp.config import LLMSimulatorConfig, RunConfig, service_name
-from rayinterp.errors import UserError
+from rayinterp.errors import EngineError, UserError
 from rayinterp.simulate.serve import memo_id
 from rayinterp.simulate.simulator import Memo, MemoKey, RuleRequest, TokenSequence, calibrated, with_nulls
 from rayinterp.tables import Tables, sql_in
@@ -33,8 +33,10 @@ MAX_ATTEMPTS = 8
 """Times that a request is sent: a replica may die with it, and another be started in its place."""
 FIRST_PAUSE = 0.5
 """Seconds before the second attempt; doubled for every further one."""
-LOST = (RayActorError, BackPressureError, DeploymentUnavailableError)
-"""What says that a request was not answered, and nothing about the request itself."""
+LOST = (RayActorError, NodeDiedError, ObjectLostError, BackPressureError, DeploymentUnavailableError)
+"""What says that a request was not answered, or its answer lost, and nothing about the request itself."""
+MAX_ENGINE_ATTEMPTS = 3
+"""Of a request on which an engine failed: its device may be at fault, and another replica well."""
 
 
 class SimulatorClient:
@@ -96,6 +98,9 @@ class SimulatorClient:
             response = self._handle.answer.remote(requests)
             try:
                 return await asyncio.wait_for(_result(response), self._timeout)
+            except EngineError:
+                if attempt >= MAX_ENGINE_ATTEMPTS:
+                    raise
             except LOST as error:
                 if attempt == MAX_ATTEMPTS:
                     raise UserError(

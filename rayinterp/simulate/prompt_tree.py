@@ -128,7 +128,7 @@ def attention_masks(
 
 
 def flex_mask(tree: PackedTree, header_length: int, device: torch.device | str, window: int | None = None) -> Any:
-    """The same for flex attention, which skips the blocks that nothing is visible in and never holds the whole mask."""
+    """The same for flex attention, which skips the blocks in which nothing is visible."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     segments, ancestry = tree.segments.to(device), tree.ancestry.to(device)
@@ -217,6 +217,8 @@ def check_model(model: torch.nn.Module) -> None:
         reasons.append("its forward pass takes no position_ids, so positions cannot continue along a path")
     if getattr(config, "alibi", False) or getattr(config, "position_embedding_type", None) == "alibi":
         reasons.append("it uses ALiBi, which ignores position_ids")
+    if "local" in (getattr(config, "attention_layers", None) or []):
+        reasons.append("its local layers count their window by place in the row, not along a path")
     kinds = set(getattr(config, "layer_types", None) or []) - {FULL, SLIDING}
     if kinds:
         reasons.append(f"it has layers of the kind {', '.join(sorted(kinds))}, which take no attention mask")

@@ -18,6 +18,7 @@ import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, islice
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, cast
 
 import torch
@@ -25,7 +26,7 @@ from ray import serve
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from rayinterp.config import LLMSimulatorConfig, arm_id
-from rayinterp.errors import UserError
+from rayinterp.errors import EngineError, UserError
 from rayinterp.harvest import torch_threads
 from rayinterp.prompts import simulator_messages
 from rayinterp.simulate import load_simulator
@@ -127,14 +128,20 @@ class SimulatorReplica:
                 for candidate in batch:
                     await self._answer([candidate])
             elif not batch[0].answer.done():
-                self._num_failures += not isinstance(error, UserError)
-                batch[0].answer.set_exception(error)
+                batch[0].answer.set_exception(self._failure(error))
             return
         self._num_failures = 0
         for candidate, answer in zip(batch, answers, strict=True):
             self._metrics.candidate_seconds.observe(time.monotonic() - candidate.since)
             if not candidate.answer.done():  # its caller may have given up
                 candidate.answer.set_result(answer)
+
+    def _failure(self, error: Exception) -> Exception:
+        """What a caller is told: that its request is wrong, or that the engine failed and another may not."""
+        if isinstance(error, UserError):
+            return error
+        self._num_failures += 1
+        return EngineError(f"the simulator's engine failed: {type(error).__name__}: {error}")
 
     async def _compute_merged(self, candidates: list[list[RuleRequest]]) -> list[list[Any]]:
         loop, start = asyncio.get_running_loop(), time.monotonic()
@@ -180,7 +187,7 @@ class _Metrics:
 
 
 def memo_id(name: str, config: SimulatorConfig) -> str:
-    """`name@hash` of what log-probabilities depend on, so that a change of calibration finds them all again.
+    """`model@hash` of what log-probabilities depend on: arms that differ in calibration find each other's.
 
     A dtype of `auto` counts as such: machines that resolve it differently share a memo.
     """
@@ -188,7 +195,7 @@ def memo_id(name: str, config: SimulatorConfig) -> str:
         return arm_id(name, config)
     weights = [getattr(config, field) for field in ("engine", "model", "revision", "dtype", "quantization")]
     content = [weights, simulator_messages("", config.num_few_shots)]
-    return f"{name}@{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8]}"
+    return f"{PurePosixPath(config.model).name}@{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8]}"
 
 
 def deploy_simulator(name: str, config: SimulatorConfig, resources: ServiceResources, app: str) -> DeploymentHandle:

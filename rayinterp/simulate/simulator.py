@@ -166,7 +166,7 @@ class Memo:
     """Pairs of one LLM simulator that need not be simulated again, null explanations included.
 
     Log-probabilities are kept as float16, as the table `simulations` keeps them, and every prediction is made from
-    what is kept: a resumed run gets the same numbers as the run that computed them.
+    what is kept, so that a resumed run goes on with the numbers of the run that computed them.
     """
 
     def __init__(self) -> None:

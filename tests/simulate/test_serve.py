@@ -9,11 +9,11 @@ import psutil
 import pytest
 import ray
 from ray import serve
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, NodeDiedError, ObjectLostError
 from ray.serve.exceptions import BackPressureError
 
 from rayinterp.config import LateInteractionConfig, ServiceResources, TransformersSimulatorConfig, VllmSimulatorConfig
-from rayinterp.errors import UserError
+from rayinterp.errors import EngineError, UserError
 from rayinterp.simulate import client
 from rayinterp.simulate.client import SimulatorClient, read_simulations
 from rayinterp.simulate.serve import MERGED_TOKENS, SimulatorReplica, deploy_simulator, memo_id, replica_options
@@ -148,7 +148,7 @@ async def test_a_failing_candidate_fails_alone_and_an_engine_that_always_fails_i
 
     monkeypatch.setattr(replica, "_compute", lost_device)
     for _ in range(3):
-        with pytest.raises(RuntimeError, match="device lost"):
+        with pytest.raises(EngineError, match="RuntimeError: device lost"):
             await replica.answer(CANDIDATE)
     with pytest.raises(RuntimeError, match="failed 3 times"):
         replica.check_health()
@@ -175,8 +175,14 @@ async def test_a_lost_request_is_sent_again_and_a_wrong_one_is_not(tmp_path, mon
     async def ask(handle):
         return await (await tiny_client(tmp_path / "run", arm, handle, committer).remembering(SEQUENCES))(CANDIDATE)
 
-    flaky = Flaky(ActorDiedError(), BackPressureError(0, 0), ActorDiedError())
-    assert len(await ask(flaky)) == 2 and flaky.calls == 4
+    flaky = Flaky(ActorDiedError(), BackPressureError(0, 0), NodeDiedError(""), ObjectLostError("", None, ""))
+    assert len(await ask(flaky)) == 2 and flaky.calls == 5
+    ill = Flaky(EngineError("device lost"))
+    assert len(await ask(ill)) == 2 and ill.calls == 2
+    worse = Flaky(*[EngineError("device lost")] * 9)
+    with pytest.raises(EngineError, match="device lost"):
+        await ask(worse)
+    assert worse.calls == client.MAX_ENGINE_ATTEMPTS
     dead = Flaky(*[ActorDiedError()] * 99)
     with pytest.raises(UserError, match=f"{client.MAX_ATTEMPTS} attempts"):
         await ask(dead)
@@ -205,10 +211,12 @@ async def test_replicas_that_are_killed_under_load_lose_no_request_and_change_no
 
     searches = [asyncio.create_task(search()) for _ in range(8)]
     for _ in range(num_kills):
-        before = len(answers)
-        pids = [p.pid for p in psutil.process_iter(["cmdline"]) if f":{app}:" in " ".join(p.info["cmdline"] or [])]
-        if pids:
-            os.kill(pids[0], 9)
+        before, pids = len(answers), []
+        while not pids:
+            await asyncio.sleep(0.05)
+            titles = {p.pid: " ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])}
+            pids = [pid for pid, title in titles.items() if title.startswith("ray::") and app in title]
+        os.kill(pids[0], 9)
         while len(answers) < before + 20:
             await asyncio.sleep(0.05)
     done.set()
@@ -235,7 +243,7 @@ def test_a_service_that_may_grow_is_steered_by_what_it_has_in_hand():
 def test_a_memo_belongs_to_what_its_values_depend_on(change):
     config = TransformersSimulatorConfig(model="model", num_few_shots=1)
     assert memo_id("tiny", config) != memo_id("tiny", config.model_copy(update=change))
-    assert memo_id("tiny", config).startswith("tiny@")
+    assert memo_id("tiny", config).startswith("model@") and memo_id("other", config) == memo_id("tiny", config)
     assert memo_id("tiny", config) != memo_id("tiny", VllmSimulatorConfig(model="model", num_few_shots=1))
     for how in ({"token_budget": 7}, {"calibration": "none"}, {"attn_implementation": "eager"}, {"max_pairs": 3}):
         assert memo_id("tiny", config) == memo_id("tiny", config.model_copy(update=how))

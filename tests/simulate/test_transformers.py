@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, GPTNeoConfig
 
 from rayinterp.errors import UserError
 from rayinterp.simulate.prompt_tokens import PromptTokens
@@ -122,6 +122,16 @@ def test_refuses_what_it_cannot_pack(tmp_path):
         simulator.log_probs([RuleRequest("r", (TokenSequence(1, (" word",) * 200),))])
     with pytest.raises(UserError, match="num_few_shots is 99"):
         TransformersSimulator(save_model(tmp_path / "shots"), num_few_shots=99)
+
+
+def test_refuses_layers_that_count_their_window_by_place_in_the_row(tmp_path):
+    folder = save_model(tmp_path)
+    config = GPTNeoConfig(
+        vocab_size=500, hidden_size=32, num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]]
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    with pytest.raises(UserError, match="local layers count their window"):
+        TransformersSimulator(folder, **OPTIONS)
 
 
 def test_refuses_models_without_position_ids(tmp_path):

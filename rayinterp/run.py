@@ -135,6 +135,7 @@ def connected(config: RunConfig) -> Iterator[None]:
         yield
         return
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # its bars are off, as asked
     address = config.resources.address or os.environ.get("RAY_ADDRESS")
     ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, ignore_reinit_error=True)
     try:

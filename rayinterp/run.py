@@ -37,7 +37,8 @@ from rayinterp.corpus import run_corpus
 from rayinterp.errors import UserError
 from rayinterp.explain.local import deploy_llm
 from rayinterp.explain.runner import arm_ids, arms_left, live_features, llms_used, run_explain
-from rayinterp.grade import plan_score, run_score, ungraded
+from rayinterp.grade import run_score
+from rayinterp.grade_plan import plan_score, ungraded
 from rayinterp.harvest import run_harvest
 from rayinterp.holistic import run_holistic
 from rayinterp.index import run_index

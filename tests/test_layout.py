@@ -13,7 +13,7 @@ ORDER = [
     "errors", "progress", "config", "pools", "tables", "explanation", "embedded", "prompts", "simulate.simulator",
     "hook_points", "saes", "subject", "planted", "documents", "corpus", "postings", "harvest", "nearest", "projection",
     "sources", "index", "records", "retrieve", "holistic", "score", "controls", "simulate", "explain",
-    "rule_negatives", "grade",
+    "rule_negatives", "grade_plan", "grade",
     "report_data", "report_cards", "report", "show", "preflight", "run", "cli",
 ]  # fmt: skip
 """Each module may import from those before it."""

@@ -1,0 +1,232 @@
+"""What is to be graded: decided from tables and config before anything is simulated.
+
+explanations, counts of test records -> budgets -> blocks of `FeatureWork`, and rows for what is left out
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from rayinterp import rule_negatives
+from rayinterp.config import LLMSimulatorConfig, RunConfig, arm_id
+from rayinterp.controls import shuffled_features
+from rayinterp.explanation import Explanation, from_json
+from rayinterp.score import SCORERS
+from rayinterp.simulate.simulator import CONTROL_NULLS, NULL_EXPLANATIONS
+from rayinterp.subject import FeatureId, interleave
+from rayinterp.tables import Tables, sql_in
+
+BLOCK = 4
+"""Features per Ray task."""
+
+
+class FeatureWork(NamedTuple):
+    """What one simulator grades for one feature."""
+
+    feature: FeatureId
+    settings: str
+    """From `settings_of`."""
+    explanations: dict[str, Explanation]
+    """By explainer arm id."""
+    shuffled: dict[str, list[Explanation]]
+    """Explanations of other features, by explainer arm id."""
+
+    def rules(self) -> list[str]:
+        """Every rule to be simulated, once."""
+        explanations = [*self.explanations.values(), *(e for group in self.shuffled.values() for e in group)]
+        rules = [rule.activates_on for explanation in explanations for rule in explanation]
+        return list(dict.fromkeys([*rules, *CONTROL_NULLS]))
+
+
+class ScorePlan(NamedTuple):
+    """What the stage has left to do."""
+
+    blocks: list[tuple[str, list[FeatureWork]]]
+    """(simulator, features) to grade."""
+    unscored: list[dict[str, Any]]
+    """Rows of `scores` for what is not graded."""
+    num_finished: int
+    """Features that have their scores, counted once per simulator."""
+
+
+def plan_score(config: RunConfig, tables: Tables, explainers: list[str]) -> ScorePlan:
+    """What every simulator of `score.simulators` has left to grade.
+
+    Args:
+        explainers: Explainer arm ids of this config.
+    """
+    plan = ScorePlan([], [], 0)
+    for simulator in config.score.simulators:
+        work, unscored = plan_grading(config, tables, simulator, explainers)
+        finished = _finished(config, tables, simulator)
+        left = [w for w in work if not {(str(w.feature), e) for e in w.explanations} <= finished]
+        plan.blocks.extend((simulator, left[i : i + BLOCK]) for i in range(0, len(left), BLOCK))
+        plan.unscored.extend(row for row in unscored if (row["feature_key"], row["explainer"]) not in finished)
+        plan = plan._replace(num_finished=plan.num_finished + len(work) - len(left))
+    return plan
+
+
+def ungraded(config: RunConfig, tables: Tables, explainers: list[str]) -> dict[FeatureId, dict[str, Explanation]]:
+    """Features that some simulator has still to grade, with all of their explanations."""
+    by_feature = read_explained(tables, explainers)
+    found: dict[FeatureId, dict[str, Explanation]] = {}
+    for simulator in config.score.simulators:
+        arm = config.simulators[simulator]
+        finished = _finished(config, tables, simulator)
+        for feature in first_of_each_sae(by_feature, arm.num_features):
+            explanations = by_feature[feature].explanations
+            if not {(str(feature), explainer) for explainer in explanations} <= finished:
+                found[feature] = explanations
+    return found
+
+
+def plan_grading(
+    config: RunConfig, tables: Tables, simulator: str, explainers: list[str]
+) -> tuple[list[FeatureWork], list[dict[str, Any]]]:
+    """What a simulator grades, and rows for what it does not: decided from tables and config alone.
+
+    Budgets count pairs whether or not they are remembered, so that a resumed run grades the same features.
+    """
+    arm = config.simulators[simulator]
+    llm = arm if isinstance(arm, LLMSimulatorConfig) else None
+    pairs_left = llm.max_pairs if llm else None
+    num_nulls = len(NULL_EXPLANATIONS) if llm and llm.calibration != "none" else 0
+    called_for = count_rule_negatives(config, tables)
+    num_records = count_test_records(tables, called_for, llm.max_records if llm else None)
+    by_feature = read_explained(tables, explainers)
+    work: list[FeatureWork] = []
+    unscored: list[dict[str, Any]] = []
+
+    def leave_out(feature: FeatureId, explainer: str, status: str) -> None:
+        settings = settings_of(config, called_for[str(feature)])
+        rows = unscored_rows(feature, explainer, "", arm_id(simulator, arm), graded_sources(config), status)
+        unscored.extend({**row, "settings": settings} for row in rows)
+
+    for feature in first_of_each_sae(by_feature, arm.num_features):
+        explained = by_feature[feature]
+        for explainer, status in explained.failed.items():
+            leave_out(feature, explainer, status)
+        if not explained.explanations:
+            continue
+        shuffled = shuffled_explanations(feature, by_feature, config)
+        one = FeatureWork(feature, settings_of(config, called_for[str(feature)]), explained.explanations, shuffled)
+        if pairs_left is not None:
+            pairs_left -= (len(one.rules()) + num_nulls) * num_records[str(feature)]
+        if pairs_left is not None and pairs_left < 0:
+            for explainer in explained.explanations:
+                leave_out(feature, explainer, "no_budget")
+        else:
+            work.append(one)
+    return work, unscored
+
+
+def settings_of(config: RunConfig, num_rule_negatives: int) -> str:
+    """What a feature's scores depend on besides arms and records: they are made again where it has changed."""
+    score = config.score
+    return f"bootstrap {score.num_bootstrap}, shuffled {score.num_shuffled}, rule negatives " + (
+        f"{score.num_rule_negatives} an arm, {num_rule_negatives} in all" if score.num_rule_negatives else "0"
+    )
+
+
+def count_rule_negatives(config: RunConfig, tables: Tables) -> Counter[str]:
+    """Test records by feature that its explanations called for, if they are graded on."""
+    if not config.score.num_rule_negatives:
+        return Counter()
+    return Counter(tables.read("test_records", ["feature_key"])["feature_key"].to_pylist())
+
+
+def graded_sources(config: RunConfig) -> tuple[str, ...]:
+    """Complementary sources that explanations are graded on."""
+    return (*config.records.complementary, *([rule_negatives.SOURCE] if config.score.num_rule_negatives else []))
+
+
+class Explained(NamedTuple):
+    """What the explainers found for one feature."""
+
+    explanations: dict[str, Explanation]
+    """By explainer arm id."""
+    failed: dict[str, str]
+    """Status of the explainers that ran and found none."""
+
+
+def read_explained(tables: Tables, explainers: list[str]) -> dict[FeatureId, Explained]:
+    """Every feature that some explainer has finished with."""
+    columns = ["feature_key", "explainer", "explanation", "status"]
+    by_feature: dict[FeatureId, Explained] = {}
+    for row in tables.read("explanations", columns, sql_in("explainer", explainers)).to_pylist():
+        explained = by_feature.setdefault(FeatureId.parse(row["feature_key"]), Explained({}, {}))
+        if row["explanation"] is None:
+            explained.failed[row["explainer"]] = row["status"]
+        else:
+            explained.explanations[row["explainer"]] = from_json(row["explanation"])
+    return by_feature
+
+
+def count_test_records(tables: Tables, rule_negatives: Counter[str], max_records: int | None) -> Counter[str]:
+    """Test records by feature, at most `max_records` of each source."""
+    counts: Counter[str] = Counter()
+    for row in tables.read("record_counts", ["feature_key", "found"], "split = 'test'").to_pylist():
+        counts[row["feature_key"]] += row["found"] if max_records is None else min(row["found"], max_records)
+    counts.update({key: n if max_records is None else min(n, max_records) for key, n in rule_negatives.items()})
+    return counts
+
+
+def shuffled_explanations(
+    feature: FeatureId, by_feature: dict[FeatureId, Explained], config: RunConfig
+) -> dict[str, list[Explanation]]:
+    """For each explainer that explained the feature, what it said of some other features."""
+    shuffled = {}
+    for name in by_feature[feature].explanations:
+        others = [other for other, explained in by_feature.items() if name in explained.explanations]
+        chosen = shuffled_features(feature, others, config.score.num_shuffled, config.seed)
+        if chosen:
+            shuffled[name] = [by_feature[other].explanations[name] for other in chosen]
+    return shuffled
+
+
+def first_of_each_sae(features: Iterable[FeatureId], count: int | None) -> list[FeatureId]:
+    """The first `count` features of every SAE, SAEs by turns; all of them for None."""
+    taken: Counter[str] = Counter()
+    kept = []
+    for feature in interleave(sorted(features)):
+        taken[feature.sae] += 1
+        if count is None or taken[feature.sae] <= count:
+            kept.append(feature)
+    return kept
+
+
+def unscored_rows(
+    feature: FeatureId, explainer: str, control: str, simulator: str, sources: Sequence[str], status: str
+) -> list[dict[str, Any]]:
+    """Rows that say why there is no score."""
+    return [
+        {
+            "feature_key": str(feature),
+            "sae": feature.sae,
+            "feature": feature.index,
+            "explainer": explainer,
+            "control": control,
+            "simulator": simulator,
+            "scorer": scorer,
+            "source": source,
+            "split": "test",
+            "num_records": 0,
+            "status": status,
+        }
+        for scorer in SCORERS
+        for source in sources
+    ]
+
+
+def _finished(config: RunConfig, tables: Tables, simulator: str) -> set[tuple[str, str]]:
+    """(feature, explainer) that have a score, or a reason why not, under every source and the present settings."""
+    sources, called_for = graded_sources(config), count_rule_negatives(config, tables)
+    arm = arm_id(simulator, config.simulators[simulator])
+    where = f"simulator = '{arm}' and control = '' and {sql_in('source', sources)}"
+    under: dict[tuple[str, str], set[str]] = {}
+    for row in tables.read("scores", ["feature_key", "explainer", "source", "settings"], where).to_pylist():
+        if row["settings"] == settings_of(config, called_for[row["feature_key"]]):
+            under.setdefault((row["feature_key"], row["explainer"]), set()).add(row["source"])
+    return {pair for pair, found in under.items() if found >= set(sources)}

@@ -92,10 +92,9 @@ def test_an_arm_that_joins_later_adds_its_own_and_the_others_are_graded_again(pl
     assert max(before[0].values()) < same <= max(before[0].values()) + COUNT
     assert set(before[0]) < set(after[0]) and any(arm.startswith("musical@") for arm, _ in after[0])
     assert after[1] == before[1] and after[2] == before[2]
-    assert num_records(run, "similar_negative").keys() == num_records(planted_run, "similar_negative").keys()
     where = "source = 'similar_negative' and explainer like 'right@%'"
-    old, new = (r.tables.read("scores", where=where).to_pylist() for r in (planted_run, run))
-    assert old == [row for row in new if row in old]
+    old, new = (r.tables.read("scores", where=where).drop_columns("settings").to_pylist() for r in (planted_run, run))
+    assert len(old) == len(new) and all(row in new for row in old)  # made again, to the same values
 
 
 def test_the_source_can_be_left_out_and_a_change_of_what_scores_depend_on_makes_them_again(planted_run, tmp_path):

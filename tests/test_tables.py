@@ -39,6 +39,7 @@ def test_a_key_that_comes_twice_in_one_batch_is_written_once(tmp_path):
 def test_a_committer_keeps_its_tables_compact(tmp_path, monkeypatch):
     monkeypatch.setattr("rayinterp.tables.COMMITS_BETWEEN_COMPACTIONS", 5)
     tables = Tables(str(tmp_path))
+    monkeypatch.setattr("rayinterp.tables.KEPT_FOR_WRITERS", timedelta(0))  # else all of the last minutes stay
     committer = Committer(tables)
     for i in range(12):
         committer.add({"llm_calls": [call(i)]})

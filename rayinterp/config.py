@@ -317,7 +317,6 @@ class LateInteractionConfig(_Section):
 class LLMSimulatorConfig(_Section):
     """An LLM that reads the rule and rates every token; predictions come from its digit logits."""
 
-    engine: Any
     model: str
     """Any Hugging Face causal LM, or `embedded/...`."""
     revision: str | None = None

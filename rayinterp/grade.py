@@ -16,7 +16,7 @@ import ray
 from rayinterp import rule_negatives
 from rayinterp.config import LLMSimulatorConfig, RunConfig, arm_id
 from rayinterp.controls import TokenLookupSimulator
-from rayinterp.grade_plan import FeatureWork, ScorePlan, graded_sources, unscored_rows
+from rayinterp.grade_plan import FeatureWork, ScorePlan, graded_sources, score_row, unscored_rows
 from rayinterp.progress import Progress, silent
 from rayinterp.records import ActivationRecord, load_records
 from rayinterp.score import SCORERS, WIDE_BELOW, Score, false_positives_per_sequence, score_all
@@ -116,23 +116,15 @@ def _score_rows(
         value = float(np.mean(values)) if values else None
         status = only.status if only else _status_of_several(scores)
         rows.append(
-            {
-                "feature_key": str(feature),
-                "sae": feature.sae,
-                "feature": feature.index,
-                "explainer": explainer,
-                "control": control,
-                "simulator": simulator,
-                "scorer": scorer,
-                "source": source,
-                "split": "test",
-                "value": value,
-                "ci_low": only.low if only else None,
-                "ci_high": only.high if only else None,
-                "num_records": len(places),
-                "false_positives_per_sequence": _mean_defined(false_positives),
-                "status": status,
-            }
+            score_row(
+                *(feature, explainer, control, simulator, scorer, source),
+                value=value,
+                ci_low=only.low if only else None,
+                ci_high=only.high if only else None,
+                num_records=len(places),
+                false_positives_per_sequence=_mean_defined(false_positives),
+                status=status,
+            )
         )
     return rows
 

@@ -50,6 +50,10 @@ class ScorePlan(NamedTuple):
     num_finished: int
     """Features that have their scores, counted once per simulator."""
 
+    def explanations(self) -> dict[FeatureId, dict[str, Explanation]]:
+        """Of the features that are left, by explainer arm id."""
+        return {work.feature: work.explanations for _, block in self.blocks for work in block}
+
 
 def plan_score(config: RunConfig, tables: Tables, explainers: list[str]) -> ScorePlan:
     """What every simulator of `score.simulators` has left to grade.
@@ -66,20 +70,6 @@ def plan_score(config: RunConfig, tables: Tables, explainers: list[str]) -> Scor
         plan.unscored.extend(row for row in unscored if (row["feature_key"], row["explainer"]) not in finished)
         plan = plan._replace(num_finished=plan.num_finished + len(work) - len(left))
     return plan
-
-
-def ungraded(config: RunConfig, tables: Tables, explainers: list[str]) -> dict[FeatureId, dict[str, Explanation]]:
-    """Features that some simulator has still to grade, with all of their explanations."""
-    by_feature = read_explained(tables, explainers)
-    found: dict[FeatureId, dict[str, Explanation]] = {}
-    for simulator in config.score.simulators:
-        arm = config.simulators[simulator]
-        finished = _finished(config, tables, simulator)
-        for feature in first_of_each_sae(by_feature, arm.num_features):
-            explanations = by_feature[feature].explanations
-            if not {(str(feature), explainer) for explainer in explanations} <= finished:
-                found[feature] = explanations
-    return found
 
 
 def plan_grading(
@@ -197,24 +187,30 @@ def first_of_each_sae(features: Iterable[FeatureId], count: int | None) -> list[
     return kept
 
 
+def score_row(
+    feature: FeatureId, explainer: str, control: str, simulator: str, scorer: str, source: str, **values: Any
+) -> dict[str, Any]:
+    """A row of `scores`: what was graded, and what came of it."""
+    return {
+        "feature_key": str(feature),
+        "sae": feature.sae,
+        "feature": feature.index,
+        "explainer": explainer,
+        "control": control,
+        "simulator": simulator,
+        "scorer": scorer,
+        "source": source,
+        "split": "test",
+        **values,
+    }
+
+
 def unscored_rows(
     feature: FeatureId, explainer: str, control: str, simulator: str, sources: Sequence[str], status: str
 ) -> list[dict[str, Any]]:
     """Rows that say why there is no score."""
     return [
-        {
-            "feature_key": str(feature),
-            "sae": feature.sae,
-            "feature": feature.index,
-            "explainer": explainer,
-            "control": control,
-            "simulator": simulator,
-            "scorer": scorer,
-            "source": source,
-            "split": "test",
-            "num_records": 0,
-            "status": status,
-        }
+        score_row(feature, explainer, control, simulator, scorer, source, num_records=0, status=status)
         for scorer in SCORERS
         for source in sources
     ]

@@ -1,6 +1,6 @@
 """Every prompt and worked example of the project, as functions that return messages; nothing is filled in elsewhere.
 
-Standard library only. Changing a simulator prompt changes `simulate.serve.memo_id`, so old simulations are not reused.
+Standard library only. Changing a simulator prompt changes `simulate.client.memo_id`, so old simulations are not reused.
 """
 
 from __future__ import annotations

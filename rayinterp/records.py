@@ -183,10 +183,18 @@ def read_activities(tables: Tables, features: Sequence[FeatureId], corpus: Corpu
     }
 
 
-def read_places(tables: Tables, features: Sequence[FeatureId], corpus: Corpus) -> dict[FeatureId, Int[np.ndarray, "m"]]:
-    """Places in the corpus at which each of some features is active, ascending: all that silence asks for."""
+def read_places(
+    tables: Tables,
+    features: Sequence[FeatureId],
+    order: Int[np.ndarray, "n"],
+    starts: Int[np.ndarray, "shards"],
+) -> dict[FeatureId, Int[np.ndarray, "m"]]:
+    """Places in the corpus at which each of some features is active, ascending: all that silence asks for.
+
+    Args:
+        order, starts: From `shard_order`.
+    """
     rows = tables.read("activations", ["feature_key", "shard", "rows"], sql_in("feature_key", map(str, features)))
-    order, starts = shard_order(corpus)
     places: dict[FeatureId, list[np.ndarray]] = {feature: [] for feature in features}
     for row in rows.to_pylist():
         places[FeatureId.parse(row["feature_key"])].append(order[starts[row["shard"]] + np.asarray(row["rows"])])

@@ -15,7 +15,7 @@ import numpy as np
 
 from rayinterp.config import RunConfig
 from rayinterp.index import TableVectors, check_dimension, embedder_path
-from rayinterp.records import load_corpus, read_places
+from rayinterp.records import load_corpus, read_places, shard_order
 from rayinterp.sources import SPLITS
 from rayinterp.subject import FeatureId
 from rayinterp.tables import Tables
@@ -52,6 +52,7 @@ class Retriever:
 
         self._tables = tables
         self._corpus = load_corpus(tables)
+        self._order, self._starts = shard_order(self._corpus)
         self._vectors = TableVectors(tables, self._corpus, config.index)
         self._encoder = SentenceTransformer(embedder_path(config.index.embedder))
         check_dimension(config.index.embedder, self._encoder.get_embedding_dimension(), tables)
@@ -85,7 +86,7 @@ class Retriever:
 
     def _read(self, features: Sequence[FeatureId]) -> None:
         missing = [feature for feature in dict.fromkeys(features) if feature not in self._places]
-        self._places.update(read_places(self._tables, missing, self._corpus) if missing else {})
+        self._places.update(read_places(self._tables, missing, self._order, self._starts) if missing else {})
         for feature in features:
             self._places.move_to_end(feature)
         while len(self._places) > max(NUM_FEATURES, len(set(features))):

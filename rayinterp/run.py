@@ -38,7 +38,7 @@ from rayinterp.errors import UserError
 from rayinterp.explain.local import deploy_llm
 from rayinterp.explain.runner import arm_ids, arms_left, live_features, llms_used, run_explain
 from rayinterp.grade import run_score
-from rayinterp.grade_plan import plan_score, ungraded
+from rayinterp.grade_plan import plan_score
 from rayinterp.harvest import run_harvest
 from rayinterp.holistic import run_holistic
 from rayinterp.index import run_index
@@ -211,8 +211,8 @@ def explain(run: Run, progress: Progress) -> dict[str, int]:
 
 def score(run: Run, progress: Progress) -> dict[str, int]:
     explainers = [arm_ids(run.config, name)[0] for name in run.config.explainers]
-    add_rule_negatives(run.config, run.tables, ungraded(run.config, run.tables, explainers))
-    plan = plan_score(run.config, run.tables, explainers)
+    add_rule_negatives(run.config, run.tables, plan_score(run.config, run.tables, explainers).explanations())
+    plan = plan_score(run.config, run.tables, explainers)  # with the records that were added
     committer = start_committer(run.tables) if plan.blocks else None
     deploy(run, {simulator for simulator, _ in plan.blocks}, set())
     return run_score(run.config, run.tables, plan, committer, progress)

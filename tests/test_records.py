@@ -108,6 +108,17 @@ def test_a_short_pool_is_short_and_never_refilled(corpus, vectors, activity):
     assert len(chosen["test", "random_negative"].places) == len(chosen["test", "similar_negative"].places) == silent
 
 
+def assert_source_holds(chosen, split, source, active):
+    """A positive is active and no complementary record; what is called silent is."""
+    places = set(chosen[split, source].places.tolist())
+    if source == "positive":
+        assert places <= active
+    else:
+        assert not places & set(chosen[split, "positive"].places.tolist())
+    if source.endswith("_negative") or source == "neighbour":
+        assert not places & active
+
+
 def test_every_record_lies_in_its_split_and_negatives_are_silent(corpus, vectors, activity):
     active = set(activity.places.tolist())
     chosen = choose(FEATURE, activity, corpus, vectors, settings())
@@ -116,12 +127,7 @@ def test_every_record_lies_in_its_split_and_negatives_are_silent(corpus, vectors
         places = choice.places.tolist()
         assert len(places) == len(set(places)) == (8 if source == "positive" else 12), source
         assert set(corpus.splits[places]) == {SPLITS.index(split)}
-        if source == "positive":
-            assert set(places) <= active
-        else:
-            assert not set(places) & set(chosen[split, "positive"].places.tolist())
-        if source.endswith("_negative") or source == "neighbour":
-            assert not set(places) & active
+        assert_source_holds(chosen, split, source, active)
 
 
 @pytest.mark.parametrize("source", ["similar", "similar_negative"])
@@ -303,12 +309,7 @@ def test_whatever_the_corpus_no_source_takes_a_document_over_a_split(seed):
             assert set(corpus.splits[places]) <= {SPLITS.index(split)}
             for document in documents[places].tolist():
                 split_of[document].add(split)
-            if source == "positive":
-                assert set(places) <= active
-            else:
-                assert not set(places) & set(chosen[split, "positive"].places.tolist())
-            if source.endswith("_negative") or source == "neighbour":
-                assert not set(places) & active
+            assert_source_holds(chosen, split, source, active)
         assert all(len(splits) == 1 for splits in split_of.values())
 
 

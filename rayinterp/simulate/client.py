@@ -9,7 +9,10 @@ feature is read from `simulations` when work on it begins and forgotten when it 
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +23,7 @@ from ray.util.metrics import Counter
 
 from rayinterp.config import LLMSimulatorConfig, RunConfig, service_name
 from rayinterp.errors import EngineError, UserError
-from rayinterp.simulate.serve import memo_id
+from rayinterp.prompts import simulator_messages
 from rayinterp.simulate.simulator import Memo, MemoKey, RuleRequest, TokenSequence, calibrated, with_nulls
 from rayinterp.tables import Tables, sql_in
 
@@ -51,7 +54,7 @@ class SimulatorClient:
         arm = config.simulators[name]
         self._llm = arm if isinstance(arm, LLMSimulatorConfig) else None
         self._timeout = config.resources.simulator.timeout_seconds
-        self._memo_id, self._tables, self._committer = memo_id(name, arm), tables, committer
+        self._tables, self._committer = tables, committer
         self._handle: Any = handle or serve.get_app_handle(service_name("simulator", name, config))
         self._pairs = Counter(
             "rayinterp_simulator_pairs", "(rule, sequence) pairs asked for.", ("simulator", "remembered")
@@ -61,16 +64,16 @@ class SimulatorClient:
         """What simulates rules on these sequences, those of one feature, and pays for no pair twice."""
         if self._llm is None:
             return self._ask
-        method, memo = self._llm.calibration, Memo()
+        method, memo, memo_name = self._llm.calibration, Memo(), memo_id(self._llm)
         ids = sorted({sequence.sequence_id for sequence in sequences})
-        for key, log_probs in await asyncio.to_thread(lambda: [*read_simulations(self._tables, self._memo_id, ids)]):
+        for key, log_probs in await asyncio.to_thread(lambda: [*read_simulations(self._tables, memo_name, ids)]):
             memo.remember(key, log_probs)
 
         async def simulate(requests: list[RuleRequest]) -> list[list[np.ndarray]]:
             wanted = with_nulls(requests, method)
             missing = memo.missing(wanted)
             if missing:
-                await self._write(memo.add(missing, await self._ask(missing)))
+                await self._write(memo_name, memo.add(missing, await self._ask(missing)))
             num_asked, num_missing = (sum(len(r.sequences) for r in group) for group in (wanted, missing))
             for remembered, count in (("no", num_missing), ("yes", num_asked - num_missing)):
                 if count:
@@ -79,11 +82,10 @@ class SimulatorClient:
 
         return simulate
 
-    async def _write(self, new: dict[MemoKey, Float16[np.ndarray, "seq 6"]]) -> None:
+    async def _write(self, memo_name: str, new: dict[MemoKey, Float16[np.ndarray, "seq 6"]]) -> None:
         """Hands new simulations over before anyone sees a score made from them."""
         rows = [
-            {"simulator": self._memo_id, **key._asdict(), "log_probs": log_probs.ravel()}
-            for key, log_probs in new.items()
+            {"simulator": memo_name, **key._asdict(), "log_probs": log_probs.ravel()} for key, log_probs in new.items()
         ]
         await self._committer.add.remote({"simulations": rows})
 
@@ -92,6 +94,7 @@ class SimulatorClient:
 
         Raises:
             UserError: no replica answered in time, or any of several.
+            EngineError: the engine failed on the request, on several replicas.
         """
         pause = FIRST_PAUSE
         for attempt in range(1, MAX_ATTEMPTS + 1):
@@ -119,6 +122,16 @@ class SimulatorClient:
             await asyncio.sleep(pause)
             pause *= 2
         raise AssertionError("unreachable")
+
+
+def memo_id(config: LLMSimulatorConfig) -> str:
+    """`model@hash` of what log-probabilities depend on: arms that differ in calibration find each other's.
+
+    A dtype of `auto` counts as such: machines that resolve it differently share a memo.
+    """
+    weights = [getattr(config, field) for field in ("engine", "model", "revision", "dtype", "quantization")]
+    content = json.dumps([weights, simulator_messages("", config.num_few_shots)])
+    return f"{PurePosixPath(config.model).name}@{hashlib.sha256(content.encode()).hexdigest()[:8]}"
 
 
 async def _result(response: Any) -> list[list[np.ndarray]]:

@@ -108,16 +108,6 @@ def largest_of_each(
     return start.scatter_reduce(0, index, values, "amax", include_self=False)
 
 
-class _Sequence(NamedTuple):
-    """What predictions for a sequence need, whatever the rule."""
-
-    vectors: Float16[np.ndarray, "enc dim"]
-    null: Float32[np.ndarray, "enc"]
-    """What each encoder token scores without a rule."""
-    places: Int64[np.ndarray, "overlaps"]
-    lengths: Int64[np.ndarray, "seq"]
-
-
 class LateInteractionSimulator:
     """A sentence encoder, and the vectors of the texts that it has seen."""
 
@@ -152,28 +142,23 @@ class LateInteractionSimulator:
         sequences: tuple[TokenSequence, ...],
         encoded: dict[str, EncodedText],
     ) -> list[list[Float32[np.ndarray, "seq"]]]:
-        """Every rule on every sequence: one product of all words and all tokens."""
-        prepared = [self._prepare(sequence, encoded) for sequence in sequences]
-        starts = np.cumsum([0, *(len(p.vectors) for p in prepared[:-1])])
-        places = np.concatenate([p.places + start for p, start in zip(prepared, starts, strict=True)])
-        lengths = self._on_device(np.concatenate([p.lengths for p in prepared]))
-        null = self._on_device(np.concatenate([p.null for p in prepared]))
-        vectors = self._on_device(np.concatenate([p.vectors for p in prepared])).float()
-        cosines = self._on_device(np.concatenate(rules)) @ vectors.T
-        num_words = self._on_device(np.array([len(words) for words in rules]))
-        nearest = largest_of_each(cosines, num_words, empty=0.0)
+        """Every rule on every sequence: one product of all words, those of the null texts too, and all tokens."""
+        texts = [encoded["".join(sequence.tokens)] for sequence in sequences]
+        overlaps = [places_of(text.spans, sequence.tokens) for text, sequence in zip(texts, sequences, strict=True)]
+        starts = np.cumsum([0, *(len(text.vectors) for text in texts[:-1])])
+        places = np.concatenate([own + start for (own, _), start in zip(overlaps, starts, strict=True)])
+        lengths = np.concatenate([own for _, own in overlaps])
+        vectors = self._on_device(np.concatenate([text.vectors for text in texts])).float()
+        words = [*rules, *self._nulls]
+        cosines = self._on_device(np.concatenate(words)) @ vectors.T
+        nearest = largest_of_each(cosines, self._on_device(np.array([len(own) for own in words])), empty=0.0)
+        null = nearest[len(rules) :].mean(0)
         # Divided by the room above the null, so that a cosine of 1 becomes a full activation.
-        excess = (nearest - null) / (1 - null).clamp(min=1e-3)
-        predicted = largest_of_each(excess.T[self._on_device(places)], lengths, empty=-1.0)
+        excess = (nearest[: len(rules)] - null) / (1 - null).clamp(min=1e-3)
+        predicted = largest_of_each(excess.T[self._on_device(places)], self._on_device(lengths), empty=-1.0)
         values = (MAX_STRENGTH * predicted.clamp(0, 1)).T.cpu().numpy()
         cuts = np.cumsum([len(sequence.tokens) for sequence in sequences])[:-1]
         return [np.split(of_rule, cuts) for of_rule in values]
-
-    def _prepare(self, sequence: TokenSequence, encoded: dict[str, EncodedText]) -> _Sequence:
-        text = encoded["".join(sequence.tokens)]
-        vectors = text.vectors.astype(np.float32)
-        null = np.mean([(vectors @ words.T).max(axis=1) for words in self._nulls], axis=0)
-        return _Sequence(text.vectors, null.astype(np.float32), *places_of(text.spans, sequence.tokens))
 
     def _on_device(self, values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values).to(self._encoder.device)

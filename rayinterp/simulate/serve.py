@@ -13,22 +13,18 @@ No port is opened: what is deployed is reached through handles, from within the 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, islice
-from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, cast
 
 import torch
 from ray import serve
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from rayinterp.config import LLMSimulatorConfig, arm_id
+from rayinterp.config import LLMSimulatorConfig
 from rayinterp.errors import EngineError, UserError
 from rayinterp.harvest import torch_threads
-from rayinterp.prompts import simulator_messages
 from rayinterp.simulate import load_simulator
 
 if TYPE_CHECKING:
@@ -184,18 +180,6 @@ class _Metrics:
         )
         for metric in (self.queue, self.tokens, self.tokens_per_second, self.batch_tokens, self.candidate_seconds):
             metric.set_default_tags(tags)
-
-
-def memo_id(name: str, config: SimulatorConfig) -> str:
-    """`model@hash` of what log-probabilities depend on: arms that differ in calibration find each other's.
-
-    A dtype of `auto` counts as such: machines that resolve it differently share a memo.
-    """
-    if not isinstance(config, LLMSimulatorConfig):
-        return arm_id(name, config)
-    weights = [getattr(config, field) for field in ("engine", "model", "revision", "dtype", "quantization")]
-    content = [weights, simulator_messages("", config.num_few_shots)]
-    return f"{PurePosixPath(config.model).name}@{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8]}"
 
 
 def deploy_simulator(name: str, config: SimulatorConfig, resources: ServiceResources, app: str) -> DeploymentHandle:

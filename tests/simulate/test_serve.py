@@ -15,8 +15,8 @@ from ray.serve.exceptions import BackPressureError
 from rayinterp.config import LateInteractionConfig, ServiceResources, TransformersSimulatorConfig, VllmSimulatorConfig
 from rayinterp.errors import EngineError, UserError
 from rayinterp.simulate import client
-from rayinterp.simulate.client import SimulatorClient, read_simulations
-from rayinterp.simulate.serve import MERGED_TOKENS, SimulatorReplica, deploy_simulator, memo_id, replica_options
+from rayinterp.simulate.client import SimulatorClient, memo_id, read_simulations
+from rayinterp.simulate.serve import MERGED_TOKENS, SimulatorReplica, deploy_simulator, replica_options
 from rayinterp.simulate.simulator import NULL_EXPLANATIONS, RuleRequest, TokenSequence
 from rayinterp.tables import Committer, Tables
 from tests.conftest import planted_config
@@ -68,6 +68,7 @@ async def test_what_a_deployed_simulator_has_answered_is_never_asked_again(ray_s
     simulate = await tiny_client(tmp_path / "run", arm, handle, committer).remembering(SEQUENCES)
     first, again = await simulate(CANDIDATE), await simulate(CANDIDATE[:1])
     stats = await handle.stats.remote()
+    assert serve.status().proxies == {}  # no port is opened
     await committer.flush.remote()
     assert stats["num_pairs"] == NUM_PAIRS == tables.count("simulations")
     assert_same(first[:1], again)
@@ -81,7 +82,7 @@ async def test_what_a_deployed_simulator_has_answered_is_never_asked_again(ray_s
 async def test_calibrations_share_a_memo(tmp_path):
     arm, tables = tiny_config(tmp_path / "model"), Tables(str(tmp_path / "run"))
     ratio = arm.model_copy(update={"calibration": "ratio", "token_budget": 64, "num_features": 3})
-    assert memo_id("tiny", arm) == memo_id("tiny", ratio)
+    assert memo_id(arm) == memo_id(ratio)
     replica = SimulatorReplica("tiny", arm)
     for one in (arm, ratio):
         a_client = tiny_client(tmp_path / "run", one, local_handle(replica), local_committer(tables))
@@ -242,11 +243,11 @@ def test_a_service_that_may_grow_is_steered_by_what_it_has_in_hand():
 )
 def test_a_memo_belongs_to_what_its_values_depend_on(change):
     config = TransformersSimulatorConfig(model="model", num_few_shots=1)
-    assert memo_id("tiny", config) != memo_id("tiny", config.model_copy(update=change))
-    assert memo_id("tiny", config).startswith("model@") and memo_id("other", config) == memo_id("tiny", config)
-    assert memo_id("tiny", config) != memo_id("tiny", VllmSimulatorConfig(model="model", num_few_shots=1))
+    assert memo_id(config) != memo_id(config.model_copy(update=change))
+    assert memo_id(config).startswith("model@")
+    assert memo_id(config) != memo_id(VllmSimulatorConfig(model="model", num_few_shots=1))
     for how in ({"token_budget": 7}, {"calibration": "none"}, {"attn_implementation": "eager"}, {"max_pairs": 3}):
-        assert memo_id("tiny", config) == memo_id("tiny", config.model_copy(update=how))
+        assert memo_id(config) == memo_id(config.model_copy(update=how))
 
 
 def test_simulations_read_back_as_they_were_written(tmp_path):

@@ -25,7 +25,7 @@ SEQUENCES = tuple(
 )
 REQUESTS = [RuleRequest("the word 'ago' after a number of years", SEQUENCES), RuleRequest("months", SEQUENCES[:2])]
 TOLERANCE = 1e-3
-"""Of a log-probability in float32; seen: see docs/simulators.md."""
+"""Of a log-probability in float32."""
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import fsspec
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
@@ -23,6 +23,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 
 # Lance warns on each table that it creates. Read when lance is imported.
 os.environ.setdefault("LANCE_LOG", "error")
@@ -75,6 +76,7 @@ class _Bars(Progress):
     """A terminal gets a bar for each stage."""
 
     def __init__(self) -> None:
+        self._figures: dict[str, str] = {}
         super().__init__(
             TextColumn("{task.description:>8}"),
             BarColumn(bar_width=24),
@@ -86,12 +88,24 @@ class _Bars(Progress):
         )
 
     def begin(self, stage: str) -> None:
+        self._figures = {}
         self._bar = self.add_task(stage, total=None, note="")
 
-    def advance_to(self, done: int, total: int, note: str = "") -> None:
-        self.update(self._bar, completed=done, total=total, note=note)
+    def advance_to(self, done: int, total: int, note: str | dict[str, str] = "") -> None:
+        self._figures = note if isinstance(note, dict) else {}
+        self.update(self._bar, completed=done, total=total, note="" if self._figures else note)
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        """The bars, and below them a table of what the stage says of itself."""
+        yield from super().get_renderables()
+        if self._figures:
+            table = Table.grid(padding=(0, 2))
+            for name, figure in self._figures.items():
+                table.add_row(f"[dim]{name:>11}[/dim]", figure)
+            yield table
 
     def end(self, counts: str) -> None:
+        self._figures = {}
         total = next(task.total for task in self.tasks if task.id == self._bar) or 1
         self.update(self._bar, total=total, completed=total, note=counts)
 
@@ -106,7 +120,7 @@ class _Lines:
         self._first: tuple[int, float] | None = None
         """Units that were done before, and when the stage said so: a resumed stage has not done them in no time."""
 
-    def advance_to(self, done: int, total: int, note: str = "") -> None:
+    def advance_to(self, done: int, total: int, note: str | dict[str, str] = "") -> None:
         elapsed = time.monotonic() - self._begun
         if self._first is None:
             self._first = done, elapsed
@@ -114,6 +128,8 @@ class _Lines:
             self._said = time.monotonic()
             fresh = done - self._first[0]
             left = f"  {(elapsed - self._first[1]) / fresh * (total - done):,.0f} s left" if fresh else ""
+            if isinstance(note, dict):
+                note, left = "  ".join(f"{name} {figure}" for name, figure in note.items()), ""
             console.print(f"{self._stage:>8}  {done}/{total}  {note}{left}", highlight=False, soft_wrap=True)
 
     def end(self, counts: str) -> None:

@@ -275,16 +275,42 @@ class CascadeConfig(_Section):
     """Share of features, a seeded sample, on which all go on, so that the agreement of the two can be measured."""
 
 
+class HalvingConfig(_Section):
+    """Successive halving: a round's candidates are scored on few records first; of each look one in `eta` goes on."""
+
+    simulator: str | None = None
+    """Simulator arm of the looks, a cheap one; the arm's own where left out."""
+    num_looks: int = Field(default=2, gt=0)
+    """Looks before the real score."""
+    eta: int = Field(default=2, gt=1)
+    """One candidate in so many goes on from a look; the next look has so many times the records."""
+    num_records: int = Field(default=6, gt=1)
+    """Train records of the first look, half of them positives."""
+
+
+class FalsifierConfig(_Section):
+    """Each round, silent train sequences that sound like the kept candidates join the search's train set."""
+
+    num_drawn: int = Field(default=10, gt=0)
+    """Sequences, nearest to a candidate's own words, on which it is tried."""
+    num_added: int = Field(default=2, gt=0)
+    """Of all that were drawn in a round, so many that are predicted most wrongly are added; all candidates in the
+    running are then scored again."""
+
+
 class TreeConfig(OneShotConfig):
     """Tree search: roots, then rounds of revision guided by the simulator."""
 
     method: Literal["tree"] = "tree"  # type: ignore[assignment]
+    strategy: Literal["beam", "best_first", "successive_halving"] = "beam"
+    """beam: a round revises the best `width` nodes; best_first: the best node not revised yet, `width * depth` times;
+    successive_halving: the beam, where a round's candidates are thinned out by cheap looks."""
     num_llm_roots: int = Field(default=3, ge=0)
     """One-shot explanations that the search begins with."""
     lexical_root: bool = True
     """Also begin with the lexical explanation."""
     branching_factor: int = Field(default=2, gt=0)
-    """Revisions asked for per kept node."""
+    """Revisions asked for per node."""
     width: int = Field(default=3, gt=0)
     """Nodes kept per round."""
     depth: int = Field(default=3, ge=0)
@@ -297,6 +323,16 @@ class TreeConfig(OneShotConfig):
     """Per feature."""
     cascade: CascadeConfig | None = None
     """Spares the simulator candidates that a cheaper one thinks little of."""
+    halving: HalvingConfig = HalvingConfig()
+    """How successive_halving goes about it."""
+    falsifier: FalsifierConfig | None = None
+    """Attacks what is kept, each round; left out, the train set stays as it is."""
+
+    @model_validator(mode="after")
+    def _looks_once(self) -> TreeConfig:
+        if self.cascade and self.strategy == "successive_halving":
+            raise ValueError("cascade and strategy successive_halving are two ways to look first; take one of them out")
+        return self
 
 
 ExplainerConfig = Annotated[LexicalConfig | OneShotConfig | TreeConfig, Field(discriminator="method")]
@@ -451,6 +487,8 @@ class ResourcesConfig(_Section):
     llm: ServiceResources = ServiceResources(num_cpus=0.1)
     searches_per_actor: int = Field(default=8, gt=0)
     """Features that one search actor works on at the same time."""
+    max_outage_seconds: float = Field(default=600, ge=0)
+    """An LLM endpoint may fail on everything for so long before the explain stage gives up."""
 
 
 class RunConfig(_Section):
@@ -480,8 +518,8 @@ class RunConfig(_Section):
     def _arms_exist(self) -> RunConfig:
         for name, explainer in self.explainers.items():
             _must_exist(f"explainers.{name}.simulator", explainer.simulator, self.simulators)
-            if isinstance(explainer, TreeConfig) and explainer.cascade:
-                _must_exist(f"explainers.{name}.cascade.simulator", explainer.cascade.simulator, self.simulators)
+            if isinstance(explainer, TreeConfig) and (looks := looks_of(explainer)):
+                _must_exist(f"explainers.{name}.{looks[0]}.simulator", looks[1], self.simulators)
             if isinstance(explainer, OneShotConfig):
                 _must_exist(f"explainers.{name}.llm", explainer.llm, self.llms)
         for simulator in self.score.simulators:
@@ -491,8 +529,19 @@ class RunConfig(_Section):
 
 def simulators_of(explainer: ExplainerConfig) -> list[str]:
     """Simulator arms that an explainer asks."""
-    cascade = explainer.cascade if isinstance(explainer, TreeConfig) else None
-    return [explainer.simulator, *([cascade.simulator] if cascade else [])]
+    looks = looks_of(explainer)
+    return list(dict.fromkeys([explainer.simulator, *([looks[1]] if looks else [])]))
+
+
+def looks_of(explainer: ExplainerConfig) -> tuple[str, str] | None:
+    """The section that asks for cheap looks, and the simulator arm that takes them; None where there are none."""
+    if not isinstance(explainer, TreeConfig):
+        return None
+    if explainer.cascade:
+        return "cascade", explainer.cascade.simulator
+    if explainer.strategy == "successive_halving":
+        return "halving", explainer.halving.simulator or explainer.simulator
+    return None
 
 
 def _must_exist(field: str, name: str, arms: dict[str, Any]) -> None:

@@ -166,8 +166,7 @@ def grade_block(block: list[FeatureWork], simulator: str, config: RunConfig, tab
     async def simulate(work: FeatureWork, test: list[ActivationRecord]) -> dict[str, list[np.ndarray]]:
         sequences = tuple(dict.fromkeys(record.sequence for record in test))
         rules = work.rules()
-        predict = await client.remembering(sequences)
-        predictions = await predict([RuleRequest(rule, sequences) for rule in rules])
+        predictions = await client.remembering()([RuleRequest(rule, sequences) for rule in rules])
         place = {sequence: index for index, sequence in enumerate(sequences)}
         return {
             rule: [of_rule[place[record.sequence]] for record in test]

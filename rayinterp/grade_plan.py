@@ -9,10 +9,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from rayinterp import rule_negatives
 from rayinterp.config import LLMSimulatorConfig, RunConfig, arm_id
 from rayinterp.controls import shuffled_features
 from rayinterp.explanation import Explanation, from_json
+from rayinterp.retrieve import RULE_NEGATIVE
 from rayinterp.score import SCORERS
 from rayinterp.simulate.simulator import CONTROL_NULLS, NULL_EXPLANATIONS
 from rayinterp.subject import FeatureId, interleave
@@ -129,7 +129,7 @@ def count_rule_negatives(config: RunConfig, tables: Tables) -> Counter[str]:
 
 def graded_sources(config: RunConfig) -> tuple[str, ...]:
     """Complementary sources that explanations are graded on."""
-    return (*config.records.complementary, *([rule_negatives.SOURCE] if config.score.num_rule_negatives else []))
+    return (*config.records.complementary, *([RULE_NEGATIVE] if config.score.num_rule_negatives else []))
 
 
 class Explained(NamedTuple):

@@ -11,12 +11,12 @@ from ray.util.metrics import Gauge
 class Progress(Protocol):
     """What a stage calls as its work becomes visible in the tables."""
 
-    def __call__(self, done: int, total: int, note: str = "") -> None:
-        """`note` is one short figure, such as a rate."""
+    def __call__(self, done: int, total: int, note: str | dict[str, str] = "") -> None:
+        """`note` is one short figure, such as a rate, or several by name."""
         ...
 
 
-def silent(done: int, total: int, note: str = "") -> None:
+def silent(done: int, total: int, note: str | dict[str, str] = "") -> None:
     """Progress that nobody watches."""
 
 

@@ -180,6 +180,19 @@ def feedback_text(score: float | None, worst: list[tuple[MarkedRecord, list[Toke
     return "\n".join(lines)
 
 
+def falsifier_text(tokens: tuple[str, ...], predicted: list[float]) -> str:
+    """A text that sounds like the description although the feature is silent on it, and what was predicted there."""
+    strengths = tuple(min(max(round(value), 0), 5) for value in predicted)
+    fired = ", ".join(
+        f"{_quoted(token)} {strength}" for token, strength in zip(tokens, strengths, strict=True) if strength
+    )
+    return (
+        "The feature stays silent on the whole of another text, but the description sounds like it. "
+        f"Say what sets the two apart.\nText: {_marked_text(MarkedRecord(tokens, (0,) * len(tokens)))}\n"
+        f"Wrongly predicted: {fired}"
+    )
+
+
 def _render_records(records: list[MarkedRecord]) -> str:
     return "\n".join(f"Text {number}: {_marked_text(r)}\n{_fires_on(r)}" for number, r in enumerate(records, 1))
 

@@ -2,24 +2,29 @@
 
     explanation's texts -> sentence encoder -> nearest sequences of a split on which the feature is silent
 
-A search asks each round, for many features at once; one pass over the vectors answers all of them. Run as a Ray actor.
+A search asks each round, for many features at once; one pass over the vectors answers all of them.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from rayinterp.config import RunConfig
+from rayinterp.corpus import load_tokenizer
 from rayinterp.index import TableVectors, check_dimension, embedder_path
-from rayinterp.records import load_corpus, read_places, shard_order
+from rayinterp.records import ActivationRecord, load_corpus, read_places, read_sequences, shard_order
+from rayinterp.simulate.simulator import TokenSequence
 from rayinterp.sources import SPLITS
 from rayinterp.subject import FeatureId
 from rayinterp.tables import Tables
 
+RULE_NEGATIVE = "rule_negative"
 NUM_FEATURES = 512
 """Features whose places of activity are kept at hand: a search asks again each round."""
 
@@ -91,3 +96,52 @@ class Retriever:
             self._places.move_to_end(feature)
         while len(self._places) > max(NUM_FEATURES, len(set(features))):
             self._places.popitem(last=False)
+
+
+class SharedRetriever:
+    """Answers many searches: what is asked while one pass runs is answered by the next. Run as a Ray actor."""
+
+    def __init__(self, config: RunConfig, tables: Tables) -> None:
+        self._config, self._tables = config, tables
+        self._retriever: Retriever | None = None
+        self._tokenizer = load_tokenizer(config)
+        self._thread = ThreadPoolExecutor(1, "retriever")
+        self._waiting: list[tuple[list[SilentRequest], asyncio.Future[list[list[ActivationRecord]]]]] = []
+        self._passes: asyncio.Task[None] | None = None
+
+    async def silent(self, requests: list[SilentRequest]) -> list[list[ActivationRecord]]:
+        """For each request its nearest silent sequences, as records of its feature."""
+        answer: asyncio.Future[list[list[ActivationRecord]]] = asyncio.get_running_loop().create_future()
+        self._waiting.append((requests, answer))
+        if self._passes is None or self._passes.done():
+            self._passes = asyncio.create_task(self._answer_all())
+        return await answer
+
+    async def _answer_all(self) -> None:
+        while self._waiting:
+            batch, self._waiting = self._waiting, []
+            together = [request for requests, _ in batch for request in requests]
+            try:
+                found = await asyncio.get_running_loop().run_in_executor(self._thread, self._find, together)
+            except Exception as error:
+                for _, answer in batch:
+                    answer.set_exception(error)
+                continue
+            for requests, answer in batch:
+                answer.set_result(found[: len(requests)])
+                found = found[len(requests) :]
+
+    def _find(self, requests: list[SilentRequest]) -> list[list[ActivationRecord]]:
+        # Made here, for a refusal to reach the user as what it is: one from the constructor is a dead actor.
+        self._retriever = self._retriever or Retriever(self._config, self._tables)
+        found = self._retriever.silent(requests)
+        ids = {hit.sequence_id for hits in found for hit in hits}
+        rows = read_sequences(self._tables, ids, self._tokenizer)
+        return [[silent_record(rows[hit.sequence_id]) for hit in hits] for hits in found]
+
+
+def silent_record(row: dict[str, Any]) -> ActivationRecord:
+    """A record from a row of `sequences` or `test_records` on which the feature is silent."""
+    tokens = TokenSequence(row["sequence_id"], tuple(row["tokens"]))
+    silence = np.zeros(len(row["token_ids"]), dtype=np.float32)
+    return ActivationRecord(tokens, row["document_id"], RULE_NEGATIVE, tuple(row["token_ids"]), silence)

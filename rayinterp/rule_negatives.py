@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import ray
 from ray.util import ActorPool
 
@@ -19,12 +18,10 @@ from rayinterp.corpus import load_tokenizer
 from rayinterp.explanation import Explanation
 from rayinterp.progress import Progress, silent
 from rayinterp.records import ActivationRecord, read_sequences
-from rayinterp.retrieve import Found, Retriever, SilentRequest
-from rayinterp.simulate.simulator import TokenSequence
+from rayinterp.retrieve import Found, Retriever, SilentRequest, silent_record
 from rayinterp.subject import FeatureId
 from rayinterp.tables import Tables, sql_in
 
-SOURCE = "rule_negative"
 BLOCK = 64
 """Features whose explanations share one pass over the vectors."""
 
@@ -129,13 +126,5 @@ def load_rule_negatives(tables: Tables, features: Sequence[FeatureId]) -> dict[F
     rows = tables.read("test_records", where=sql_in("feature_key", map(str, features))).to_pylist()
     records: dict[FeatureId, list[ActivationRecord]] = {feature: [] for feature in features}
     for row in sorted(rows, key=lambda row: (row["rank"], row["explainer"])):
-        records[FeatureId.parse(row["feature_key"])].append(
-            ActivationRecord(
-                TokenSequence(row["sequence_id"], tuple(row["tokens"])),
-                row["document_id"],
-                SOURCE,
-                tuple(row["token_ids"]),
-                np.zeros(len(row["token_ids"]), dtype=np.float32),
-            )
-        )
+        records[FeatureId.parse(row["feature_key"])].append(silent_record(row))
     return records

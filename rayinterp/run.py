@@ -36,7 +36,15 @@ from rayinterp.config import (
 from rayinterp.corpus import run_corpus
 from rayinterp.errors import UserError
 from rayinterp.explain.local import deploy_llm
-from rayinterp.explain.runner import arm_ids, arms_left, live_features, llms_used, run_explain
+from rayinterp.explain.runner import (
+    OverBudget,
+    arm_ids,
+    arms_left,
+    live_features,
+    llms_used,
+    reopen,
+    run_explain,
+)
 from rayinterp.grade import run_score
 from rayinterp.grade_plan import plan_score
 from rayinterp.harvest import run_harvest
@@ -199,11 +207,13 @@ def records(run: Run, progress: Progress) -> dict[str, int]:
 
 def explain(run: Run, progress: Progress) -> dict[str, int]:
     config = run.config
+    over_budget: OverBudget = lambda usd: None  # noqa: E731
+    reopen(config, run.tables, over_budget)
     if not arms_left(config, run.tables, live_features(run.tables)):
         return run_explain(config, run.tables, None, progress)
     committer = start_committer(run.tables)
     deploy(run, {name for arm in config.explainers.values() for name in simulators_of(arm)}, llms_used(config))
-    counts = run_explain(config, run.tables, committer, progress)
+    counts = run_explain(config, run.tables, committer, progress, over_budget)
     for table in ("llm_calls", "candidates", "explanations", "simulations"):
         run.tables.finish(table)
     return counts

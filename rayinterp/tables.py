@@ -181,8 +181,8 @@ SCHEMAS: dict[str, pa.Schema] = {
             _field("kind", pa.string(), "llm, lexical or revision."),
             _field("explanation", pa.string(), "The explanation as JSON; null where none could be parsed."),
             _field("status", pa.string(), "ok, duplicate, pruned, parse_error, llm_error, or why it has no score."),
-            _field("cascade_score", pa.float32(), "Train correlation by the cheap simulator, where one looks first."),
-            _field("train_score", pa.float32(), "Correlation on train records."),
+            _field("cascade_score", pa.float32(), "Train correlation of the last cheap look, where there are looks."),
+            _field("train_score", pa.float32(), "Correlation on train records when it was scored first."),
             _field("valid_score", pa.float32(), "Correlation on valid records."),
             _field("thought", pa.string(), "Raw answer of the LLM, kept also where it did not parse."),
             _field("feedback", pa.string(), "What the explainer was told about the parent."),
@@ -200,7 +200,10 @@ SCHEMAS: dict[str, pa.Schema] = {
             _field("train_score", pa.float32(), "Correlation on train records."),
             _field("valid_score", pa.float32(), "Correlation on valid records: what the winner was chosen by."),
             _field("num_candidates", pa.int32(), "Nodes of the search."),
-            _field("status", pa.string(), "ok, no_records, no_positives, no_budget, or no_explanation."),
+            _field("num_falsifiers", pa.int32(), "Silent sequences that joined its train set."),
+            _field(
+                "status", pa.string(), "ok, no_records, no_positives, no_explanation, no_budget, or budget (cut short)."
+            ),
             _field("cost_usd", pa.float64(), "Price of the search; null without a price."),
         ]
     ),

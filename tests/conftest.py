@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from rayinterp.config import RunConfig, load_config
 from rayinterp.run import STAGES, Run, open_run, run_stage
 from rayinterp.saes import SaeSource
 from rayinterp.subject import LanguageModelSubject
+from rayinterp.tables import SCHEMAS, Tables
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -70,6 +72,22 @@ def width_of(hook_name: str, config: Any) -> int:
     if hook_name.endswith("hook_z"):
         return config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // 4)
     return config.hidden_size
+
+
+UPSTREAM_TABLES = (
+    "sequences", "corpus_files", "activations", "features", "saes", "embeddings", "records", "record_counts",
+    "holistic",
+)  # fmt: skip
+"""What later stages read and never write."""
+
+
+def copy_upstream(run: Run, folder: Path) -> Path:
+    """A run directory that has come as far as its records."""
+    shutil.copytree(run.config.run_dir, folder)
+    tables = Tables(str(folder))
+    for name in set(SCHEMAS) - set(UPSTREAM_TABLES):
+        tables.drop(name)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -64,6 +64,7 @@ def test_lance_and_ray_stay_in_their_rooms():
     ray_rooms = {
         "progress", "pools", "tables", "corpus", "harvest", "index", "records", "holistic", "rule_negatives",
         "grade", "run", "simulate.serve", "simulate.client", "explain.runner", "explain.local",
+        "explain.status",
     }  # fmt: skip
     for name, tree in modules():
         top = {imported.split(".")[0] for imported in imports(tree)}

@@ -16,7 +16,7 @@ from rayinterp.explanation import from_json
 from rayinterp.planted import FEATURES
 from rayinterp.run import STAGES, open_run, run_stage
 from rayinterp.tables import SCHEMAS, Tables
-from tests.conftest import planted_config, run_all
+from tests.conftest import UPSTREAM_TABLES, copy_upstream, planted_config, run_all
 from tests.tables_equal import assert_tables_equal
 
 
@@ -115,12 +115,6 @@ def test_a_second_run_changes_no_table(planted_run):
     for stage in STAGES[:-1]:
         run_stage(run, stage)
     assert versions == {name: run.tables.open(name).version for name in versions}
-
-
-UPSTREAM_TABLES = (
-    "sequences", "corpus_files", "activations", "features", "saes", "embeddings", "records", "record_counts",
-    "holistic",
-)  # fmt: skip
 
 
 def test_the_tables_do_not_depend_on_workers(planted_run, tmp_path, monkeypatch):
@@ -238,10 +232,7 @@ def test_killed_in_the_middle_and_started_again_it_ends_with_the_same_tables(sta
     folder, (stages, compared) = tmp_path / "run", KILLED_IN[stage]
     tables = Tables(str(folder))
     if stage == "explain":  # what comes before it is finished, and copied
-        copy_of(planted_run, tmp_path)
-        for name in SCHEMAS:
-            if name not in UPSTREAM_TABLES:
-                tables.drop(name)
+        copy_upstream(planted_run, folder)
     # A cluster of its own: the session's must outlive it.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     command = [sys.executable, "-m", "tests.run_planted", str(folder), *stages]

@@ -10,8 +10,8 @@ from rayinterp import embedded
 from rayinterp.explanation import from_json
 from rayinterp.index import to_matrix
 from rayinterp.planted import FEATURES, VOCABULARY, fires
-from rayinterp.retrieve import Found
-from rayinterp.rule_negatives import SOURCE, load_rule_negatives, union
+from rayinterp.retrieve import RULE_NEGATIVE, Found
+from rayinterp.rule_negatives import load_rule_negatives, union
 from rayinterp.subject import FeatureId
 from tests.conftest import planted_config, run_all
 
@@ -26,7 +26,7 @@ def explanations(run):
     return found
 
 
-def num_records(run, source=SOURCE):
+def num_records(run, source=RULE_NEGATIVE):
     """By feature: how many records each arm and control was graded on."""
     where = f"source = '{source}' and scorer = 'correlation' and status != 'parse_error'"
     found = defaultdict(dict)
@@ -75,7 +75,7 @@ def test_all_arms_and_controls_of_a_feature_are_graded_on_the_same_records(plant
     for feature in features:
         assert set(graded[feature.index].values()) == {30 + len(called_for[feature])}
         assert {control for _, control in graded[feature.index]} == {"", "null", "shuffled", "token_lookup"}
-        assert all(record.source == SOURCE and not record.activations.any() for record in called_for[feature])
+        assert all(record.source == RULE_NEGATIVE and not record.activations.any() for record in called_for[feature])
 
 
 def test_an_arm_that_joins_later_adds_its_own_and_the_others_are_graded_again(planted_run, tmp_path):
@@ -102,8 +102,8 @@ def test_the_source_can_be_left_out_and_a_change_of_what_scores_depend_on_makes_
     run = run_all(planted_config(tmp_path / "run", "score.num_rule_negatives=0"), ("score",))
     graded = "num_records > 0"
     assert run.tables.distinct("scores", "source", graded) == {"similar_negative", "random_negative"}
-    before = planted_run.tables.read("scores", where=f"source != '{SOURCE}' and {graded}")
+    before = planted_run.tables.read("scores", where=f"source != '{RULE_NEGATIVE}' and {graded}")
     assert run.tables.count("scores", graded) == len(before)
     again = run_all(planted_config(tmp_path / "run", "score.num_bootstrap=77"), ("score",))
     assert {s.partition(",")[0] for s in again.tables.distinct("scores", "settings", graded)} == {"bootstrap 77"}
-    assert SOURCE in again.tables.distinct("scores", "source", graded)
+    assert RULE_NEGATIVE in again.tables.distinct("scores", "source", graded)

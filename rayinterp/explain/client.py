@@ -51,7 +51,15 @@ class LLMReply(NamedTuple):
 
 
 class LLMError(RuntimeError):
-    """The call failed for good; the message names the kind of failure and holds no secret."""
+    """The call failed; the message names the kind of failure and holds no secret."""
+
+    def __init__(self, message: str, transient: bool = False) -> None:
+        """
+        Args:
+            transient: The same request may be answered later: the network, a rate limit, a server in trouble.
+        """
+        super().__init__(message)
+        self.transient = transient
 
 
 class Generate(Protocol):

@@ -2,29 +2,28 @@
 
     driver --features--> SearchActor (several features at a time each)
                              | propose: LLM (Serve replica or endpoint), through the ledger `llm_calls`
-                             | evaluate: simulator replica, a whole candidate per request
+                             | evaluate: simulator replica, a round's candidates per request, through `simulations`
+                             | falsify: one retriever for all
                              v
-                         committer: nodes, then the winner, whose row marks the feature as finished
+                         committer: nodes as they are scored, then the winner, whose row marks the feature as finished
 
-A feature's arms run one after another, so that equal requests of two arms are paid for once.
+A feature's arms run one after another, so that equal requests of two arms are paid for once. A search that was
+interrupted is run again from its start: ledger and memo answer all that they have been told, so that it comes to where
+it was without paying.
 """
 
 from __future__ import annotations
 
 import asyncio
-import sys
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
-import numpy as np
 import ray
 from pydantic import SecretStr
 
 from rayinterp.config import (
-    CascadeConfig,
-    LexicalConfig,
-    LLMConfig,
     OneShotConfig,
     RunConfig,
     TreeConfig,
@@ -34,191 +33,236 @@ from rayinterp.config import (
     simulators_of,
 )
 from rayinterp.errors import UserError
-from rayinterp.explain import explainer
-from rayinterp.explain.client import Generate, Ledger, api_key, openai_client, scripted_client
-from rayinterp.explain.explainer import Call, Outcome
-from rayinterp.explain.lexical import lexical_explanation
+from rayinterp.explain.client import (
+    Generate,
+    Ledger,
+    LLMError,
+    LLMReply,
+    LLMRequest,
+    api_key,
+    openai_client,
+    price,
+    scripted_client,
+)
+from rayinterp.explain.feature import Propose, Silent, llm_proposer, prepare_search, search_feature
 from rayinterp.explain.local import served_client
-from rayinterp.explain.search import Node, SearchSettings, TreeSearch
+from rayinterp.explain.search import Node, TreeSearch
+from rayinterp.explain.status import Account, Spent, Status
 from rayinterp.explanation import Explanation, to_json
 from rayinterp.progress import Progress, silent
 from rayinterp.records import ActivationRecord, load_records
-from rayinterp.score import evaluate
-from rayinterp.simulate.client import SimulateAsync, SimulatorClient
-from rayinterp.simulate.simulator import RuleRequest
-from rayinterp.sources import generator_for
+from rayinterp.retrieve import SharedRetriever, SilentRequest
+from rayinterp.simulate.client import SimulatorClient
+from rayinterp.simulate.simulator import RuleRequest, SimulateAsync
 from rayinterp.subject import FeatureId, interleave
 from rayinterp.tables import Tables, sql_in
 
 MAX_FAILURES = 5
-"""Features that an LLM fails on before the stage stops asking it."""
+"""Features in a row that an LLM fails on before it is taken to be down."""
+MAX_TRIES = 3
+"""Of a feature on which calls fail while others succeed; the last one goes on without the answers that fail."""
+OUTAGE_PAUSE = 20.0
+"""Seconds between attempts while an LLM is down."""
+UNFINISHED = ("budget", "no_budget")
+"""Statuses of explanations that a larger budget would change."""
+
+RetrieveSilent = Callable[[list[SilentRequest]], Awaitable[list[list[ActivationRecord]]]]
+OverBudget = Callable[[float], str | None]
+"""Why nothing more may be spent, given the dollars spent on LLMs; None while there is something left."""
 
 
-class Evaluation(NamedTuple):
-    """How an explanation did on the records of the search."""
+class Services(NamedTuple):
+    """What a search actor talks to."""
 
-    train_score: float | None
-    valid_score: float | None
-    feedback: str
-
-
-class Evaluator:
-    """Scores explanations of one feature on train and valid; a rule already simulated is not simulated again."""
-
-    def __init__(self, records: dict[str, list[ActivationRecord]], simulate: SimulateAsync, num_worst: int) -> None:
-        self._records, self._simulate, self._num_worst = records, simulate, num_worst
-        self._sequences = tuple(record.sequence for split in ("train", "valid") for record in records[split])
-        self._simulated: dict[str, list[np.ndarray]] = {}
-
-    async def __call__(self, explanation: Explanation) -> Evaluation:
-        await self._simulate_rules(explanation)
-        train, valid = self._records["train"], self._records["valid"]
-        train_score, predicted = self._score(explanation, slice(0, len(train)), train)
-        valid_score, _ = self._score(explanation, slice(len(train), None), valid)
-        return Evaluation(train_score, valid_score, explainer.feedback(train_score, train, predicted, self._num_worst))
-
-    async def train_score(self, explanation: Explanation) -> float | None:
-        """The score alone, for a first look."""
-        await self._simulate_rules(explanation)
-        train = self._records["train"]
-        return self._score(explanation, slice(0, len(train)), train)[0]
-
-    def _score(self, explanation: Explanation, part: slice, records: list[ActivationRecord]) -> Any:
-        return evaluate(explanation, records, {rule: p[part] for rule, p in self._simulated.items()})
-
-    async def _simulate_rules(self, explanation: Explanation) -> None:
-        new = [rule.activates_on for rule in explanation if rule.activates_on not in self._simulated]
-        new = list(dict.fromkeys(new))
-        if new:
-            predictions = await self._simulate([RuleRequest(rule, self._sequences) for rule in new])
-            self._simulated.update(zip(new, predictions, strict=True))
+    simulators: dict[str, Callable[[], SimulateAsync]]
+    """By arm: what simulates the sequences of one feature."""
+    llms: dict[str, Generate]
+    """By arm."""
+    retrieve: RetrieveSilent | None
+    """None where no arm has a falsifier."""
 
 
-def settings_of(arm: LexicalConfig | OneShotConfig | TreeConfig, has_llm: bool) -> SearchSettings:
-    """Every explainer is a search: one-shot and lexical are searches of a single root."""
-    if isinstance(arm, TreeConfig):
-        if not has_llm:
-            return SearchSettings(0, arm.lexical_root, 1, 1, 0, arm.stop_score)
-        return SearchSettings(
-            arm.num_llm_roots, arm.lexical_root, arm.branching_factor, arm.width, arm.depth, arm.stop_score
-        )
-    lexical = isinstance(arm, LexicalConfig)
-    return SearchSettings(0 if lexical or not has_llm else 1, lexical, 1, 1, 0, 1.0)
+Connect = Callable[[RunConfig, Tables, Any, dict[str, SecretStr], Any], Services]
+"""Makes them within the actor, of the committer, the keys and the retriever."""
 
 
-class Cascade(NamedTuple):
-    """A cheaper look at candidates."""
+def connect(config: RunConfig, tables: Tables, committer: Any, keys: dict[str, SecretStr], retriever: Any) -> Services:
+    """Serve handles, endpoints and the retriever's handle."""
+    names = {name for arm in config.explainers.values() for name in simulators_of(arm)}
+    simulators = {name: SimulatorClient(name, config, tables, committer).remembering for name in names}
+    llms = {name: make_client(name, config, keys.get(name)) for name in llms_used(config)}
 
-    score: Callable[[Explanation], Awaitable[float | None]]
-    """Train correlation by the cheap simulator."""
-    keep: int
-    """Candidates of a round that go on to the arm's own."""
+    async def retrieve(requests: list[SilentRequest]) -> list[list[ActivationRecord]]:
+        return await retriever.silent.remote(requests)
+
+    return Services(simulators, llms, retrieve if retriever else None)
 
 
-async def search_feature(
-    arm: LexicalConfig | OneShotConfig | TreeConfig,
-    records: dict[str, list[ActivationRecord]],
-    evaluate: Callable[[Explanation], Awaitable[Evaluation]],
-    propose: Callable[[TreeSearch, Node], Awaitable[Outcome]] | None,
-    cascade: Cascade | None = None,
-) -> TreeSearch:
-    """Runs one search to its end.
+class CallFailedError(RuntimeError):
+    """A call failed for good, and the search with it; nothing is lost, and the feature may be tried again."""
 
-    Args:
-        propose: Asks the LLM for a root or a revision; None where there is no LLM (or no budget for it).
+    def __init__(self, message: str, transient: bool) -> None:
+        super().__init__(message, transient)
+        self.transient = transient
+
+
+class SearchActor:
+    """Runs the searches of several features at a time; all waiting is asynchronous."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        tables: Tables,
+        committer: Any,
+        keys: dict[str, SecretStr],
+        retriever: Any = None,
+        connect: Connect = connect,
+    ) -> None:
+        self._config, self._tables, self._committer = config, tables, committer
+        self._services = connect(config, tables, committer, keys, retriever)
+        self._spent = Spent()
+        self._stopping = False
+
+    async def spent(self) -> Spent:
+        """What this actor has asked for since it was started."""
+        return self._spent
+
+    async def stop(self) -> None:
+        """Ends all searches between two steps; what they have found is kept."""
+        self._stopping = True
+
+    async def explain(self, feature: FeatureId, arms: list[str], has_llm: bool, tolerant: bool) -> Explained:
+        """Runs the named arms for one feature and hands their rows to the committer.
+
+        Args:
+            tolerant: Go on without the LLM answers that fail. Else the arm that meets one has no explanation's row
+                and is left for another try.
+        """
+        records = await asyncio.to_thread(load_records, self._tables, feature, ("train", "valid"))
+        simulators: dict[str, SimulateAsync] = {}
+        ledgers: dict[str, Ledger] = {}
+        best: list[float] = []
+        for name in arms:
+            arm, ids = self._config.explainers[name], arm_ids(self._config, name)
+            hopeless = why_not(records, isinstance(arm, OneShotConfig) and not has_llm)
+            if hopeless:
+                await self._commit([], explanation_row(feature, ids, None, hopeless))
+                continue
+            for simulator in simulators_of(arm):
+                simulators[simulator] = simulators.get(simulator) or self._counting(simulator)
+            propose = None
+            if isinstance(arm, OneShotConfig):
+                ledgers[arm.llm] = ledgers.get(arm.llm) or await self._ledger(arm.llm, feature)
+                propose = self._proposer(arm, ledgers[arm.llm], feature, records, tolerant)
+            silent = self._silent(feature) if isinstance(arm, TreeConfig) and arm.falsifier else None
+            one = prepare_search(arm, feature, records, simulators, propose, silent, self._config.seed)
+            commit = NodeCommitter(feature, ids, self._commit_nodes)
+            try:
+                search = await search_feature(one, lambda: self._stopping, commit)
+            except CallFailedError as failure:
+                return Explained(best, str(failure.args[0]), failure.transient)
+            cut = self._stopping and any(node.status == "stopped" for node in search.nodes)
+            row = explanation_row(feature, ids, search, "budget" if cut else None, len(one.evaluator.falsifiers))
+            await self._commit(commit.rest(search), row)
+            best += [] if row["valid_score"] is None else [row["valid_score"]]
+        return Explained(best, None, False)
+
+    def _counting(self, simulator: str) -> SimulateAsync:
+        simulate = self._services.simulators[simulator]()
+
+        async def counted(requests: list[RuleRequest]) -> list[list[Any]]:
+            answers = await simulate(requests)
+            for request in requests:
+                self._spent.pairs += len(request.sequences)
+                self._spent.simulated_tokens += sum(len(sequence.tokens) for sequence in request.sequences)
+            return answers
+
+        return counted
+
+    def _proposer(
+        self, arm: OneShotConfig, ledger: Ledger, feature: FeatureId, records: dict[str, Any], tolerant: bool
+    ) -> Propose:
+        async def call(request: LLMRequest, feature_key: str) -> tuple[LLMReply, float | None]:
+            try:
+                return await ledger(request, feature_key)
+            except LLMError as error:
+                self._spent.failed_calls += 1
+                if tolerant:
+                    raise
+                raise CallFailedError(str(error), error.transient) from None
+
+        llm = self._config.llms[arm.llm]
+        return llm_proposer(call, llm, arm, feature, records["train"], self._config.seed)
+
+    async def _ledger(self, llm: str, feature: FeatureId) -> Ledger:
+        rows = await asyncio.to_thread(self._tables.read, "llm_calls", None, f"feature_key = '{feature}'")
+        generate, config = self._services.llms[llm], self._config.llms[llm]
+
+        async def counted(request: LLMRequest, feature_key: str) -> LLMReply:
+            reply = await generate(request, feature_key)
+            self._spent.calls += 1
+            self._spent.usd += price(config, reply) or 0.0
+            return reply
+
+        async def write(row: dict[str, Any]) -> None:
+            await self._committer.add.remote({"llm_calls": [row]})
+
+        return Ledger(counted, config, rows.to_pylist(), write)
+
+    def _silent(self, feature: FeatureId) -> Silent:
+        retrieve = self._services.retrieve
+        assert retrieve is not None, "a falsifier without a retriever"
+
+        async def silent(explanations: list[Explanation], count: int) -> list[ActivationRecord]:
+            texts = [tuple(rule.activates_on for rule in explanation) for explanation in explanations]
+            found = await retrieve([SilentRequest(feature, of_one, "train", count) for of_one in texts])
+            return list({r.sequence.sequence_id: r for of_one in found for r in of_one}.values())
+
+        return silent
+
+    async def _commit_nodes(self, candidates: list[dict[str, Any]]) -> None:
+        await self._committer.add.remote({"candidates": candidates})
+
+    async def _commit(self, candidates: list[dict[str, Any]], explanation: dict[str, Any]) -> None:
+        await self._committer.add.remote({"candidates": candidates, "explanations": [explanation]})
+
+
+class Explained(NamedTuple):
+    """What became of one feature."""
+
+    valid_scores: list[float]
+    """Of the winners."""
+    failure: str | None
+    """Of an LLM call, where arms are left."""
+    transient: bool
+    """Whether that may pass by itself."""
+
+
+class NodeCommitter:
+    """Hands each node of one search over as it comes to its end.
+
+    Failed calls and what was stopped wait for the search to end: run again, it may get an answer.
     """
-    search = TreeSearch(settings_of(arm, propose is not None))
-    deadline = time.monotonic() + arm.time_limit_seconds if isinstance(arm, TreeConfig) else float("inf")
 
-    async def outcome_of(node: Node) -> Outcome:
-        if node.kind == "lexical":
-            explanation = lexical_explanation(records["train"], arm.rule_cap)
-            return Outcome(explanation, "ok" if explanation else "nothing_fires", None, 0, 0, 0.0)
-        assert propose is not None, "the search asked for an LLM that it was not given"
-        return await propose(search, node)
+    def __init__(
+        self, feature: FeatureId, ids: tuple[str, str], write: Callable[[list[dict[str, Any]]], Awaitable[None]]
+    ) -> None:
+        self._feature, self._ids, self._write = feature, ids, write
+        self._written: set[int] = set()
 
-    async def simulate(node: int, outcome: dict[str, Any]) -> None:
-        evaluation = await evaluate(outcome["explanation"])
-        status = "ok" if evaluation.train_score is not None else "undefined"
-        search.tell(node, **{**outcome, "status": status}, **evaluation._asdict())
+    async def __call__(self, search: TreeSearch) -> None:
+        new = [n for n in search.nodes if n.node not in self._written and n.status in _ENDED]
+        self._written.update(node.node for node in new)
+        if new:
+            await self._write([candidate_row(self._feature, self._ids, search, node) for node in new])
 
-    while proposals := search.ask():
-        if time.monotonic() > deadline:
-            search.stop()
-            break
-        waiting: list[tuple[int, dict[str, Any]]] = []
-        # One after another: whether a candidate is a duplicate must not depend on which answer comes first.
-        for proposal in proposals:
-            outcome = (await outcome_of(search.nodes[proposal.node]))._asdict()
-            explanation = outcome["explanation"]
-            if explanation is None:
-                search.tell(proposal.node, **outcome)
-            elif search.seen(explanation) or any(explanation == other["explanation"] for _, other in waiting):
-                search.tell(proposal.node, **{**outcome, "status": "duplicate"})
-            elif cascade is None:
-                await simulate(proposal.node, outcome)
-            else:
-                waiting.append((proposal.node, {**outcome, "cascade_score": await cascade.score(explanation)}))
-        for place, (node, outcome) in enumerate(sorted(waiting, key=_best_first)):
-            if cascade is not None and place >= cascade.keep:
-                search.tell(node, **{**outcome, "status": "pruned"})
-            else:
-                await simulate(node, outcome)
-    return search
+    def rest(self, search: TreeSearch) -> list[dict[str, Any]]:
+        """Rows of what has not been handed over, but for proposals that were never answered."""
+        left = [n for n in search.nodes if n.node not in self._written and n.status != "stopped"]
+        return [candidate_row(self._feature, self._ids, search, node) for node in left]
 
 
-def cascade_of(
-    config: CascadeConfig,
-    feature: FeatureId,
-    records: dict[str, list[ActivationRecord]],
-    simulate: SimulateAsync,
-    seed: int,
-) -> Cascade:
-    """The first look of one feature's searches, at train records alone; on an audited feature nothing is pruned."""
-    evaluator = Evaluator({"train": records["train"], "valid": []}, simulate, 1)
-
-    async def score(explanation: Explanation) -> float | None:
-        return await evaluator.train_score(explanation)
-
-    audited = generator_for(seed, feature, "cascade").random() < config.audit
-    return Cascade(score, sys.maxsize if audited else config.keep)
-
-
-def _best_first(waiting: tuple[int, dict[str, Any]]) -> tuple[float, int]:
-    """What the cheap simulator gives no score at all comes last."""
-    node, outcome = waiting
-    score = outcome["cascade_score"]
-    return (float("inf") if score is None else -score, node)
-
-
-def llm_proposer(
-    call: Call,
-    llm: LLMConfig,
-    arm: OneShotConfig,
-    feature: FeatureId,
-    records: list[ActivationRecord],
-    run_seed: int,
-) -> Callable[[TreeSearch, Node], Awaitable[Outcome]]:
-    """Asks an LLM for roots and revisions of one feature's explanation."""
-    begin = explainer.first_messages(records, arm)
-
-    async def propose(search: TreeSearch, node: Node) -> Outcome:
-        messages, root = begin, [n.node for n in search.nodes if n.kind == "llm"]
-        # Roots are numbered among themselves, so that the arms share their answers.
-        name = f"root/{root.index(node.node)}" if node.parent is None else f"node/{node.node}"
-        for ancestor in search.path(node.node)[:-1]:
-            assert ancestor.explanation is not None and ancestor.feedback is not None
-            answer = _as_answer(ancestor.explanation, arm.structured)
-            messages = explainer.continue_messages(messages, answer, ancestor.feedback, arm)
-        seed = f"{run_seed}/{feature}/{name}"
-        return await explainer.ask(call, llm, messages, arm, seed, str(feature))
-
-    return propose
-
-
-def _as_answer(explanation: Explanation, structured: bool) -> str:
-    """An explanation as the LLM itself would have written it, also where it did not (the lexical root)."""
-    return to_json(explanation) if structured else "; ".join(rule.activates_on for rule in explanation)
+_ENDED = ("ok", "duplicate", "pruned", "undefined", "parse_error", "cut_off", "nothing_fires")
 
 
 def arm_ids(config: RunConfig, name: str) -> tuple[str, str]:
@@ -238,37 +282,39 @@ _GRADING = {"num_features", "max_records", "max_pairs"}
 """Fields of a simulator arm that play no part in a search."""
 
 
-def candidate_rows(feature: FeatureId, ids: tuple[str, str], search: TreeSearch) -> list[dict[str, Any]]:
-    return [
-        {
-            "feature_key": str(feature),
-            "explainer": ids[0],
-            "simulator": ids[1],
-            "node": node.node,
-            "parent": node.parent,
-            "depth": node.depth,
-            "kind": node.kind,
-            "explanation": None if node.explanation is None else to_json(node.explanation),
-            "status": node.status,
-            "cascade_score": node.cascade_score,
-            "train_score": node.train_score,
-            "valid_score": node.valid_score,
-            "thought": node.thought,
-            "feedback": None if node.parent is None else search.nodes[node.parent].feedback,
-            "prompt_tokens": node.prompt_tokens,
-            "completion_tokens": node.completion_tokens,
-            "cost_usd": node.cost_usd,
-        }
-        for node in search.nodes
-    ]
+def candidate_row(feature: FeatureId, ids: tuple[str, str], search: TreeSearch, node: Node) -> dict[str, Any]:
+    return {
+        "feature_key": str(feature),
+        "explainer": ids[0],
+        "simulator": ids[1],
+        "node": node.node,
+        "parent": node.parent,
+        "depth": node.depth,
+        "kind": node.kind,
+        "explanation": None if node.explanation is None else to_json(node.explanation),
+        "status": node.status,
+        "cascade_score": node.looks[-1] if node.looks else None,
+        "train_score": node.train_score,
+        "valid_score": node.valid_score,
+        "thought": node.thought,
+        "feedback": None if node.parent is None else search.nodes[node.parent].feedback,
+        "prompt_tokens": node.prompt_tokens,
+        "completion_tokens": node.completion_tokens,
+        "cost_usd": node.cost_usd,
+    }
 
 
 def explanation_row(
-    feature: FeatureId, ids: tuple[str, str], search: TreeSearch | None, status: str | None = None
+    feature: FeatureId,
+    ids: tuple[str, str],
+    search: TreeSearch | None,
+    status: str | None = None,
+    num_falsifiers: int = 0,
 ) -> dict[str, Any]:
     """The winner, or why there is none."""
     winner = search.winner() if search else None
-    costs = [node.cost_usd for node in search.nodes if node.prompt_tokens] if search else []
+    nodes = [node for node in search.nodes if node.status != "stopped"] if search else []
+    costs = [node.cost_usd for node in nodes if node.prompt_tokens]
     return {
         "feature_key": str(feature),
         "sae": feature.sae,
@@ -278,7 +324,8 @@ def explanation_row(
         "explanation": to_json(winner.explanation) if winner and winner.explanation else None,
         "train_score": winner.train_score if winner else None,
         "valid_score": winner.valid_score if winner else None,
-        "num_candidates": len(search.nodes) if search else 0,
+        "num_candidates": len(nodes),
+        "num_falsifiers": num_falsifiers,
         "status": status or ("ok" if winner else "no_explanation"),
         "cost_usd": None if any(cost is None for cost in costs) else sum(c for c in costs if c is not None),
     }
@@ -292,66 +339,6 @@ def why_not(records: dict[str, list[ActivationRecord]], over_budget: bool) -> st
         if not any(record.activations.any() for record in records[split]):
             return "no_positives"
     return "no_budget" if over_budget else None
-
-
-class SearchActor:
-    """Runs the searches of several features at a time; all waiting is asynchronous."""
-
-    def __init__(self, config: RunConfig, tables: Tables, committer: Any, keys: dict[str, SecretStr]) -> None:
-        self._config, self._tables, self._committer = config, tables, committer
-        self._simulators = {
-            name: SimulatorClient(name, config, tables, committer)
-            for name in {name for arm in config.explainers.values() for name in simulators_of(arm)}
-        }
-        self._clients = {name: make_client(name, config, keys.get(name)) for name in llms_used(config)}
-
-    async def explain(self, feature: FeatureId, arms: list[str], has_llm: bool) -> str | None:
-        """Runs the named arms for one feature and hands their rows to the committer.
-
-        Returns the first failure of an LLM call: the arm that met it has no rows, and is left for the next run.
-        """
-        records = await asyncio.to_thread(load_records, self._tables, feature, ("train", "valid"))
-        sequences = [record.sequence for of_split in records.values() for record in of_split]
-        simulators: dict[str, SimulateAsync] = {}
-        ledgers: dict[str, Ledger] = {}
-        for name in arms:
-            arm, ids = self._config.explainers[name], arm_ids(self._config, name)
-            hopeless = why_not(records, isinstance(arm, OneShotConfig) and not has_llm)
-            if hopeless:
-                await self._commit([], explanation_row(feature, ids, None, hopeless))
-                continue
-            for simulator in simulators_of(arm):
-                if simulator not in simulators:
-                    simulators[simulator] = await self._simulators[simulator].remembering(sequences)
-            evaluator = Evaluator(records, simulators[arm.simulator], getattr(arm, "num_worst_records", 1))
-            cascade = None
-            if isinstance(arm, TreeConfig) and arm.cascade:
-                cascade = cascade_of(
-                    arm.cascade, feature, records, simulators[arm.cascade.simulator], self._config.seed
-                )
-            propose = None
-            if isinstance(arm, OneShotConfig):
-                if arm.llm not in ledgers:
-                    ledgers[arm.llm] = await self._ledger(arm.llm, feature)
-                llm = self._config.llms[arm.llm]
-                propose = llm_proposer(ledgers[arm.llm], llm, arm, feature, records["train"], self._config.seed)
-            search = await search_feature(arm, records, evaluator, propose, cascade)
-            failures = [node.thought for node in search.nodes if node.status == "llm_error"]
-            if failures:
-                return failures[0]
-            await self._commit(candidate_rows(feature, ids, search), explanation_row(feature, ids, search))
-        return None
-
-    async def _ledger(self, llm: str, feature: FeatureId) -> Ledger:
-        rows = await asyncio.to_thread(self._tables.read, "llm_calls", None, f"feature_key = '{feature}'")
-
-        async def write(row: dict[str, Any]) -> None:
-            await self._committer.add.remote({"llm_calls": [row]})
-
-        return Ledger(self._clients[llm], self._config.llms[llm], rows.to_pylist(), write)
-
-    async def _commit(self, candidates: list[dict[str, Any]], explanation: dict[str, Any]) -> None:
-        await self._committer.add.remote({"candidates": candidates, "explanations": [explanation]})
 
 
 def llms_used(config: RunConfig) -> set[str]:
@@ -396,52 +383,6 @@ def live_features(tables: Tables) -> list[FeatureId]:
     return interleave(sorted(FeatureId.parse(key) for key in keys))
 
 
-def run_explain(config: RunConfig, tables: Tables, committer: Any, progress: Progress = silent) -> dict[str, int]:
-    """Explains every live feature with every arm that it lacks; returns counts by status.
-
-    Raises:
-        UserError: an LLM failed for good on some features; the others are finished and kept.
-    """
-    features = live_features(tables)
-    left = arms_left(config, tables, features)
-    affordable = features_with_llm(config, features)
-    resources = config.resources.search
-    # As an argument: actors on other machines lack the driver's environment, and a runtime environment is shown to all.
-    keys = {name: api_key(config.llms[name]) for name in llms_used(config) if config.llms[name].provider == "openai"}
-    actor_class = ray.remote(SearchActor).options(
-        num_cpus=resources.num_cpus, max_concurrency=config.resources.searches_per_actor, max_restarts=-1
-    )
-    actors = [actor_class.remote(config, tables, committer, keys) for _ in range(resources.num_actors)] if left else []
-    queue, waiting, done = list(left.items()), {}, len(features) - len(left)
-    failures: list[str] = []
-    progress(done, len(features))
-    idle = [actor for actor in actors for _ in range(config.resources.searches_per_actor)]
-    while (queue and len(failures) < MAX_FAILURES) or waiting:
-        while queue and idle and len(failures) < MAX_FAILURES:
-            feature, arms = queue.pop(0)
-            actor = idle.pop()
-            waiting[actor.explain.options(max_task_retries=2).remote(feature, arms, feature in affordable)] = actor
-        (ready,), _ = ray.wait(list(waiting), num_returns=1)
-        idle.append(waiting.pop(ready))
-        failure = ray.get(ready)
-        failures += [failure] if failure else []
-        done += failure is None
-        progress(done, len(features))
-    if left:
-        ray.get(committer.flush.remote())
-    for actor in actors:
-        ray.kill(actor)  # pyright: ignore[reportArgumentType]
-    if failures:
-        raise UserError(
-            f"LLM calls failed on {len(failures)} features ({failures[0]}); what is finished is kept. "
-            "Mend it (llms.*: key, base_url, model, quota) and run the same command again"
-        )
-    lost = arms_left(config, tables, features)
-    assert not lost, f"the committer lost the rows of {len(lost)} features; run the same command again"
-    statuses = tables.read("explanations", ["status"])["status"].to_pylist()
-    return {status: statuses.count(status) for status in sorted(set(statuses))}
-
-
 def arms_left(config: RunConfig, tables: Tables, features: list[FeatureId]) -> dict[FeatureId, list[str]]:
     """Explainer arms without a winner's row, by feature."""
     finished: set[tuple[str, str]] = set()
@@ -455,5 +396,181 @@ def arms_left(config: RunConfig, tables: Tables, features: list[FeatureId]) -> d
     return {feature: arms for feature, arms in left.items() if arms}
 
 
+def reopen(config: RunConfig, tables: Tables, over_budget: OverBudget) -> None:
+    """Forgets that a budget ended or prevented searches, where there is more of it now."""
+    if over_budget(dollars_spent(tables)) is not None:
+        return
+    affordable = features_with_llm(config, live_features(tables))
+    where = f"{sql_in('status', UNFINISHED)} and {sql_in('explainer', _all_ids(config))}"
+    for row in tables.read("explanations", ["feature_key", "explainer"], where).to_pylist():
+        if FeatureId.parse(row["feature_key"]) in affordable:
+            this = f"feature_key = '{row['feature_key']}' and explainer = '{row['explainer']}'"
+            for table in ("scores", "predictions", "explanations"):
+                tables.delete(table, this)
+
+
+def dollars_spent(tables: Tables) -> float:
+    """On LLM calls that have a price."""
+    return sum(tables.read("llm_calls", ["cost_usd"], "cost_usd is not null")["cost_usd"].to_pylist())
+
+
 def _all_ids(config: RunConfig) -> list[str]:
     return [arm_ids(config, name)[0] for name in config.explainers]
+
+
+def run_explain(
+    config: RunConfig,
+    tables: Tables,
+    committer: Any,
+    progress: Progress = silent,
+    over_budget: OverBudget = lambda usd: None,
+    connect: Connect = connect,
+) -> dict[str, int]:
+    """Explains every live feature with every arm that it lacks; returns counts by status.
+
+    Raises:
+        UserError: an LLM failed for good on some features; the others are finished and kept.
+    """
+    features = live_features(tables)
+    left = arms_left(config, tables, features)
+    if left:
+        usd = dollars_spent(tables)
+        driver = _Driver(config, tables, committer, progress, lambda more: over_budget(usd + more), connect)
+        failure = driver.run(left, features)
+        if failure:
+            raise UserError(
+                f"LLM calls failed ({failure}); what is finished is kept. Mend it (llms.*: key, base_url, model, "
+                "quota) and run the same command again"
+            )
+        lost = arms_left(config, tables, features)
+        assert not lost, f"the committer lost the rows of {len(lost)} features; run the same command again"
+    progress(len(features), len(features))
+    statuses = tables.read("explanations", ["status"])["status"].to_pylist()
+    return {status: statuses.count(status) for status in sorted(set(statuses))}
+
+
+class _Task(NamedTuple):
+    feature: FeatureId
+    arms: list[str]
+    tries: int
+
+
+class _Driver:
+    """Hands features to search actors, and keeps account.
+
+    queue --idle slot--> running --done--> status
+      ^                     |failed: tried again; while everything fails one at a time, with pauses
+      +---------------------+
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        tables: Tables,
+        committer: Any,
+        progress: Progress,
+        over_budget: OverBudget,
+        connect: Connect,
+    ) -> None:
+        self._config, self._tables, self._committer = config, tables, committer
+        self._progress, self._over_budget = progress, over_budget
+        resources = config.resources.search
+        # As an argument: actors elsewhere lack the driver's environment, and a runtime environment is shown to all.
+        keys = {n: api_key(config.llms[n]) for n in llms_used(config) if config.llms[n].provider == "openai"}
+        falsifies = any(isinstance(arm, TreeConfig) and arm.falsifier for arm in config.explainers.values())
+        self._retriever = _start_retriever(config, tables) if falsifies else None
+        actor = ray.remote(SearchActor).options(
+            num_cpus=resources.num_cpus, max_concurrency=config.resources.searches_per_actor + 2, max_restarts=-1
+        )
+        arguments = (config, tables, committer, keys, self._retriever, connect)
+        self._actors = [actor.remote(*arguments) for _ in range(resources.num_actors)]
+        self._idle = self._actors * config.resources.searches_per_actor
+        self._running: dict[Any, tuple[_Task, Any]] = {}
+        self._account = Account(self._actors)
+        self._failures_in_a_row, self._last_success, self._resume_at = 0, time.monotonic(), 0.0
+
+    def run(self, left: dict[FeatureId, list[str]], features: list[FeatureId]) -> str | None:
+        """Explains what is left; returns the failure that ended it early, if one did."""
+        affordable = features_with_llm(self._config, features)
+        queue = deque(_Task(feature, arms, 0) for feature, arms in left.items())
+        status = Status(len(features), len(features) - len(left))
+        failure: str | None = None
+        while queue or self._running:
+            status.spent = self._account.read()
+            stop = self._over_budget(status.spent.usd)
+            if stop:
+                self._stop(queue)
+            while queue and self._may_submit():
+                task, actor = queue.popleft(), self._idle.pop()
+                tolerant = task.tries + 1 >= MAX_TRIES and status.spent.calls > 0
+                arguments = (task.feature, task.arms, task.feature in affordable, tolerant)
+                self._running[actor.explain.options(max_task_retries=2).remote(*arguments)] = task, actor
+            for task, done in self._wait():
+                status.take(done.valid_scores, finished=done.failure is None)
+                if done.failure is None:
+                    self._failures_in_a_row, self._last_success = 0, time.monotonic()
+                else:
+                    failure = self._after_failure(task, done, queue) or failure
+            if failure:
+                queue.clear()
+            self._progress(status.done, status.total, status.figures(len(queue), len(self._running), stop))
+        ray.get(self._committer.flush.remote())
+        for actor in [*self._actors, *([self._retriever] if self._retriever else [])]:
+            ray.kill(actor)
+        return failure
+
+    def _may_submit(self) -> bool:
+        down = self._failures_in_a_row >= MAX_FAILURES
+        return bool(self._idle) and time.monotonic() >= self._resume_at and not (down and self._running)
+
+    def _wait(self) -> list[tuple[_Task, Explained]]:
+        """Tasks that have ended; returns after a moment where none has."""
+        if not self._running:
+            time.sleep(min(max(self._resume_at - time.monotonic(), 0.0), 1.0))
+            return []
+        ready, _ = ray.wait(list(self._running), num_returns=1, timeout=1.0)
+        if ready:
+            ready, _ = ray.wait(list(self._running), num_returns=len(self._running), timeout=0)
+        ended = []
+        for reference in ready:
+            task, actor = self._running.pop(reference)
+            self._idle.append(actor)
+            ended.append((task, ray.get(reference)))
+        return ended
+
+    def _after_failure(self, task: _Task, done: Explained, queue: deque[_Task]) -> str | None:
+        """Puts the feature back, or says that there is no point in going on."""
+        self._failures_in_a_row += 1
+        answered = self._account.read(at_once=True).calls > 0
+        down_for = time.monotonic() - self._last_success
+        if self._failures_in_a_row >= MAX_FAILURES:
+            if not answered or not done.transient or down_for > self._config.resources.max_outage_seconds:
+                return done.failure
+            self._resume_at = time.monotonic() + OUTAGE_PAUSE
+            queue.append(task)
+        elif task.tries + 1 >= MAX_TRIES and not answered:
+            return done.failure
+        else:
+            queue.append(task._replace(tries=task.tries + 1 if done.transient else MAX_TRIES - 1))
+        return None
+
+    def _stop(self, queue: deque[_Task]) -> None:
+        """Ends the searches under way, and leaves a row for each that the budget does not reach."""
+        for actor in self._actors:  # said again each time: an actor that was started anew has not heard it
+            actor.stop.remote()
+        rows = [
+            explanation_row(task.feature, arm_ids(self._config, name), None, "no_budget")
+            for task in queue
+            for name in task.arms
+        ]
+        queue.clear()
+        if rows:
+            ray.get(self._committer.add.remote({"explanations": rows}))
+
+
+def _start_retriever(config: RunConfig, tables: Tables) -> Any:
+    resources = config.resources.index
+    actor = ray.remote(SharedRetriever).options(
+        num_cpus=resources.num_cpus, num_gpus=resources.num_gpus, max_restarts=-1, max_task_retries=-1
+    )
+    return actor.remote(config, tables)

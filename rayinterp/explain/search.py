@@ -1,11 +1,15 @@
 """Tree search as an ask/tell object: it knows nothing of Ray, prompts or LLMs, and can be saved between any two calls.
 
-    ask  -> proposals: a root (llm, lexical) or a revision of a node
-    tell <- what became of one: an explanation with its scores, or why there is none
+    ask  -> steps, all of one action        tell <- what came of one
+      propose   a root, or a revision of a node  explained: an explanation, or why there is none
+      look      a cheap score of a candidate     looked: the score; the round's best go on, the others are pruned
+      score     the real one                     scored: train and valid scores, and what to tell an explainer
+      rescore   the same on a train set that     rescored
+                the falsifier may have grown
 
-When a round's proposals have all been told, the nodes of the round and the nodes kept so far compete on their train
-score, the best `width` are kept, and each is revised `branching_factor` times in the next round. The winner is chosen
-on valid, among all nodes.
+A round is a set of new candidates. When all of it has been scored, its nodes and the nodes kept so far compete on their
+train score (`beam`: the best `width` stay and are revised; `best_first`: the best node that has no revisions yet is
+revised, however old it is). The winner is chosen on valid, among all nodes.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 from rayinterp.explanation import Explanation, from_json, to_json
 
 Kind = Literal["llm", "lexical", "revision"]
+Action = Literal["propose", "look", "score", "rescore"]
 
 
 class SearchSettings(NamedTuple):
@@ -25,30 +30,45 @@ class SearchSettings(NamedTuple):
     width: int
     depth: int
     stop_score: float
+    strategy: Literal["beam", "best_first"] = "beam"
+    num_looks: int = 0
+    """Cheap looks at a candidate before it is scored."""
+    keep: int = 0
+    """Candidates of a round that each look lets go on; 0 for one in `eta`."""
+    eta: int = 2
+    falsify: bool = False
+    """Rescore what is kept before it is revised: the falsifier may have grown the train set."""
+
+    @property
+    def num_expansions(self) -> int:
+        """Nodes that are revised at most, by either strategy."""
+        return self.depth * self.width
 
 
-class Proposal(NamedTuple):
-    """A node that the search would like to have."""
+class Step(NamedTuple):
+    """What the search would like to know."""
 
+    action: Action
     node: int
-    kind: Kind
-    parent: int | None
+    look: int = 0
+    """Which of the looks, from 0."""
 
 
 @dataclass
 class Node:
-    """What became of a proposal."""
+    """A candidate, and what became of it."""
 
     node: int
     kind: Kind
     parent: int | None
     depth: int
     explanation: Explanation | None = None
-    status: str = "pending"
-    """ok, duplicate, or why there is no score."""
-    cascade_score: float | None = None
-    """What a cheaper simulator thought of it."""
+    status: str = "proposed"
+    """proposed, looking or scoring on the way; then ok, duplicate, pruned, or why there is no score."""
+    looks: list[float | None] = field(default_factory=list)
+    """What the cheap looks gave."""
     train_score: float | None = None
+    """On the train set as it was when the node was scored last."""
     valid_score: float | None = None
     thought: str | None = None
     """Raw answer of the LLM."""
@@ -59,63 +79,92 @@ class Node:
     cost_usd: float | None = None
 
 
+_STEP_OF: dict[str, Action] = {"proposed": "propose", "looking": "look", "scoring": "score"}
+
+
 @dataclass
 class TreeSearch:
     """The search of one feature."""
 
     settings: SearchSettings
     nodes: list[Node] = field(default_factory=list)
-    beam: list[int] = field(default_factory=list)
-    """Kept nodes, best first."""
+    frontier: list[int] = field(default_factory=list)
+    """Nodes that may be revised next, best first."""
+    to_rescore: list[int] = field(default_factory=list)
+    round_start: int = 0
+    """First node of the round."""
     round: int = 0
     """Rounds of revision begun."""
+    falsified: bool = False
+    """Whether the frontier of this round has been rescored."""
     finished: bool = False
 
-    def ask(self) -> list[Proposal]:
-        """Proposals that wait for an outcome; begins the next round when there are none. Empty when the search is over.
+    def ask(self) -> list[Step]:
+        """Steps that wait for an answer; begins the next round when there are none. Empty when the search is over.
 
-        Asking twice without telling gives the same proposals.
+        Asking twice without telling gives the same steps.
         """
         if not self.nodes:
-            self._propose("lexical", None, int(self.settings.lexical_root))
-            self._propose("llm", None, self.settings.num_llm_roots)
-        elif not self._pending() and not self.finished:
-            self._end_round()
-        if not self._pending():
-            self.finished = True
-        return [Proposal(node.node, node.kind, node.parent) for node in self._pending()]
+            self._add("lexical", None, int(self.settings.lexical_root))
+            self._add("llm", None, self.settings.num_llm_roots)
+        while not self.finished:
+            steps = self._steps()
+            if steps:
+                return steps
+            self._advance()
+        return []
 
-    def tell(
+    def explained(
         self,
         node: int,
-        *,
         explanation: Explanation | None,
-        status: str,
-        cascade_score: float | None = None,
-        train_score: float | None = None,
-        valid_score: float | None = None,
+        status: str = "ok",
+        *,
         thought: str | None = None,
-        feedback: str | None = None,
         prompt_tokens: int = 0,
         completion_tokens: int = 0,
         cost_usd: float | None = None,
     ) -> None:
-        """Takes the outcome of one proposal; `explanation` is None where none could be had."""
-        told = self.nodes[node]
-        assert told.status == "pending", f"node {node} has been told already ({told.status})"
-        told.explanation, told.status, told.thought, told.feedback = explanation, status, thought, feedback
-        told.cascade_score, told.train_score, told.valid_score = cascade_score, train_score, valid_score
-        told.prompt_tokens, told.completion_tokens, told.cost_usd = prompt_tokens, completion_tokens, cost_usd
+        """Takes a proposal's answer; None with a status where none could be had. Equal candidates count once."""
+        told = self._told(node, "proposed")
+        told.thought, told.cost_usd = thought, cost_usd
+        told.prompt_tokens, told.completion_tokens = prompt_tokens, completion_tokens
+        if explanation is None:
+            told.status = status
+            return
+        told.status = "duplicate" if any(n.explanation == explanation for n in self.nodes) else self._after_look(0)
+        told.explanation = explanation
 
-    def seen(self, explanation: Explanation) -> bool:
-        """Whether a node already holds this explanation: an equal candidate need not be simulated."""
-        return any(node.explanation == explanation for node in self.nodes)
+    def looked(self, node: int, score: float | None) -> None:
+        """Takes what a cheap look gave; None comes after every number."""
+        told = self._told(node, "looking")
+        told.looks.append(score)
+        told.status = "looked"
+
+    def scored(self, node: int, train_score: float | None, valid_score: float | None, feedback: str | None) -> None:
+        """Takes a candidate's scores; without one on train it takes no further part."""
+        told = self._told(node, "scoring")
+        told.train_score, told.valid_score, told.feedback = train_score, valid_score, feedback
+        told.status = "ok" if train_score is not None else "undefined"
+
+    def rescored(self, node: int, train_score: float | None, feedback: str | None) -> None:
+        """Takes a kept candidate's score on the train set as it is now."""
+        assert node in self.to_rescore, f"node {node} is not to be rescored"
+        self.to_rescore.remove(node)
+        self.nodes[node].train_score, self.nodes[node].feedback = train_score, feedback
+        if not self.to_rescore:
+            self.falsified = True
 
     def stop(self) -> None:
         """Ends the search after what has been told: a time limit or a budget."""
         self.finished = True
-        for node in self._pending():
-            node.status = "stopped"
+        for node in self.nodes:
+            if node.status in _STEP_OF or node.status == "looked":
+                node.status = "stopped"
+
+    def kept(self) -> list[Node]:
+        """What the falsifier should attack: the best `width` nodes of the frontier."""
+        return [self.nodes[node] for node in self.frontier[: self.settings.width]]
 
     def winner(self) -> Node | None:
         """The node with the best valid score; the earlier one of equals; None where no node has a score."""
@@ -135,13 +184,7 @@ class TreeSearch:
             {**asdict(node), "explanation": None if node.explanation is None else to_json(node.explanation)}
             for node in self.nodes
         ]
-        return {
-            "settings": self.settings._asdict(),
-            "nodes": nodes,
-            "beam": list(self.beam),
-            "round": self.round,
-            "finished": self.finished,
-        }
+        return {**vars(self), "settings": self.settings._asdict(), "nodes": nodes}
 
     @classmethod
     def restore(cls, state: dict[str, Any]) -> TreeSearch:
@@ -150,25 +193,74 @@ class TreeSearch:
             Node(**{**node, "explanation": from_json(node["explanation"]) if node["explanation"] else None})
             for node in state["nodes"]
         ]
-        settings = SearchSettings(**state["settings"])
-        return cls(settings, nodes, list(state["beam"]), state["round"], state["finished"])
+        return cls(**{**state, "settings": SearchSettings(**state["settings"]), "nodes": nodes})
 
-    def _pending(self) -> list[Node]:
-        return [node for node in self.nodes if node.status == "pending"]
+    def _told(self, node: int, status: str) -> Node:
+        told = self.nodes[node]
+        assert told.status == status, f"node {node} is {told.status}, not {status}: it has been told already"
+        return told
 
-    def _propose(self, kind: Kind, parent: int | None, count: int) -> None:
+    def _steps(self) -> list[Step]:
+        for status, action in _STEP_OF.items():
+            nodes = [node for node in self.nodes[self.round_start :] if node.status == status]
+            if nodes:
+                return [Step(action, node.node, len(node.looks)) for node in nodes]
+        return [Step("rescore", node) for node in self.to_rescore]
+
+    def _after_look(self, looks: int) -> str:
+        return "looking" if looks < self.settings.num_looks else "scoring"
+
+    def _add(self, kind: Kind, parent: int | None, count: int) -> None:
         depth = 0 if parent is None else self.nodes[parent].depth + 1
         for _ in range(count):
             self.nodes.append(Node(len(self.nodes), kind, parent, depth))
 
-    def _end_round(self) -> None:
-        scored = [node for node in self.nodes if node.train_score is not None and node.status == "ok"]
-        ranked = sorted(scored, key=lambda node: (-node.train_score, node.node))  # type: ignore[operator]
-        before, self.beam = self.beam, [node.node for node in ranked[: self.settings.width]]
-        best = ranked[0].train_score if ranked else None
-        if best is None or best >= self.settings.stop_score or self.round >= self.settings.depth or self.beam == before:
+    def _advance(self) -> None:
+        """All that was asked has been told."""
+        looked = [node for node in self.nodes[self.round_start :] if node.status == "looked"]
+        if looked:
+            self._prune(looked)
+            return
+        if not self.falsified:
+            self._set_frontier()
+            if self.settings.falsify and self._may_go_on():
+                self.to_rescore = list(self.frontier)
+                return
+        before = list(self.frontier)
+        self._rank()
+        best = self.nodes[self.frontier[0]].train_score if self.frontier else None
+        nothing_new = not any(node >= self.round_start for node in before) and self.settings.strategy == "beam"
+        if not self._may_go_on() or best is None or best >= self.settings.stop_score or nothing_new:
             self.finished = True
             return
-        self.round += 1
-        for node in self.beam:
-            self._propose("revision", node, self.settings.branching_factor)
+        self._expand()
+
+    def _prune(self, looked: list[Node]) -> None:
+        keep = self.settings.keep or -(-len(looked) // self.settings.eta)
+        ranked = sorted(looked, key=lambda n: (n.looks[-1] is None, -(n.looks[-1] or 0.0), n.node))
+        for place, node in enumerate(ranked):
+            node.status = self._after_look(len(node.looks)) if place < keep else "pruned"
+
+    def _set_frontier(self) -> None:
+        """Joins the round's nodes to those kept before them."""
+        self.frontier += [node.node for node in self.nodes[self.round_start :] if node.status == "ok"]
+        self._rank()
+        if self.settings.strategy == "beam":
+            del self.frontier[self.settings.width :]
+
+    def _rank(self) -> None:
+        scores = {node: self.nodes[node].train_score for node in self.frontier}
+        defined = [node for node, score in scores.items() if score is not None]
+        self.frontier = sorted(defined, key=lambda node: (-scores[node], node))  # type: ignore[operator]
+
+    def _may_go_on(self) -> bool:
+        rounds = self.settings.depth if self.settings.strategy == "beam" else self.settings.num_expansions
+        return bool(self.frontier) and self.round < rounds
+
+    def _expand(self) -> None:
+        self.round, self.round_start, self.falsified = self.round + 1, len(self.nodes), False
+        parents = list(self.frontier)
+        if self.settings.strategy == "best_first":
+            parents = [self.frontier.pop(0)]
+        for node in parents:
+            self._add("revision", node, self.settings.branching_factor)

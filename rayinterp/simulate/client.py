@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -24,13 +24,11 @@ from ray.util.metrics import Counter
 from rayinterp.config import LLMSimulatorConfig, RunConfig, service_name
 from rayinterp.errors import EngineError, UserError
 from rayinterp.prompts import simulator_messages
-from rayinterp.simulate.simulator import Memo, MemoKey, RuleRequest, TokenSequence, calibrated, with_nulls
+from rayinterp.simulate.simulator import Memo, MemoKey, RuleRequest, SimulateAsync, calibrated, with_nulls
 from rayinterp.tables import Tables, sql_in
 
 if TYPE_CHECKING:
     from jaxtyping import Float16
-
-SimulateAsync = Callable[[list[RuleRequest]], Awaitable["list[list[np.ndarray]]"]]
 
 MAX_ATTEMPTS = 8
 """Times that a request is sent: a replica may die with it, and another be started in its place."""
@@ -60,16 +58,19 @@ class SimulatorClient:
             "rayinterp_simulator_pairs", "(rule, sequence) pairs asked for.", ("simulator", "remembered")
         ).set_default_tags({"simulator": name})
 
-    async def remembering(self, sequences: Iterable[TokenSequence]) -> SimulateAsync:
-        """What simulates rules on these sequences, those of one feature, and pays for no pair twice."""
+    def remembering(self) -> SimulateAsync:
+        """What simulates rules on the sequences of one feature, and pays for no pair twice."""
         if self._llm is None:
             return self._ask
         method, memo, memo_name = self._llm.calibration, Memo(), memo_id(self._llm)
-        ids = sorted({sequence.sequence_id for sequence in sequences})
-        for key, log_probs in await asyncio.to_thread(lambda: [*read_simulations(self._tables, memo_name, ids)]):
-            memo.remember(key, log_probs)
+        read: set[int] = set()
 
         async def simulate(requests: list[RuleRequest]) -> list[list[np.ndarray]]:
+            new = {sequence.sequence_id for request in requests for sequence in request.sequences} - read
+            if new:
+                for key, log_probs in await asyncio.to_thread(read_simulations, self._tables, memo_name, sorted(new)):
+                    memo.remember(key, log_probs)
+                read.update(new)
             wanted = with_nulls(requests, method)
             missing = memo.missing(wanted)
             if missing:
@@ -140,13 +141,15 @@ async def _result(response: Any) -> list[list[np.ndarray]]:
 
 def read_simulations(
     tables: Tables, memo: str, sequence_ids: Sequence[int]
-) -> Iterator[tuple[MemoKey, Float16[np.ndarray, "values"]]]:
+) -> list[tuple[MemoKey, Float16[np.ndarray, "values"]]]:
     """What a simulator computed before for some sequences, in this run or an interrupted one."""
     columns = ["rule_hash", "sequence_id", "log_probs"]
     where = f"simulator = '{memo}' and {sql_in('sequence_id', sequence_ids)}"
+    found: list[tuple[MemoKey, np.ndarray]] = []
     for batch in tables.read("simulations", columns, where).to_batches():
         rule_hashes, ids = (batch[name].to_pylist() for name in columns[:2])
         values = batch["log_probs"].flatten().to_numpy(zero_copy_only=False)
         edges = np.cumsum([0, *batch["log_probs"].value_lengths().to_pylist()])
-        for row, key in enumerate(map(MemoKey, rule_hashes, ids)):
-            yield key, values[edges[row] : edges[row + 1]]
+        keys = map(MemoKey, rule_hashes, ids)
+        found += [(key, values[edges[row] : edges[row + 1]]) for row, key in enumerate(keys)]
+    return found

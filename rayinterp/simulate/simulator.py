@@ -8,7 +8,7 @@ models or Ray: an engine is anything with `simulate`, and an LLM engine anything
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -54,6 +54,10 @@ class RuleRequest(NamedTuple):
 
     rule: str
     sequences: tuple[TokenSequence, ...]
+
+
+SimulateAsync = Callable[[list[RuleRequest]], Awaitable["list[list[np.ndarray]]"]]
+"""A simulator as searches and grading call it, wherever it runs: a prediction per request and sequence."""
 
 
 class Simulator(Protocol):

@@ -1,146 +1,40 @@
-import numpy as np
-import pytest
+import asyncio
+import time
+from collections import Counter
 
-from rayinterp.config import CascadeConfig, LexicalConfig, OneShotConfig, TreeConfig
-from rayinterp.explain.explainer import Outcome
+import pytest
+import ray
+
+from rayinterp.errors import UserError
+from rayinterp.explain import runner
+from rayinterp.explain.client import LLMError, LLMReply
 from rayinterp.explain.runner import (
-    Cascade,
-    Evaluation,
-    Evaluator,
+    NodeCommitter,
+    Services,
     arm_ids,
+    arms_left,
     calls_per_feature,
-    cascade_of,
+    explanation_row,
     features_with_llm,
-    search_feature,
+    live_features,
+    reopen,
+    run_explain,
     why_not,
 )
+from rayinterp.explain.search import SearchSettings, TreeSearch
+from rayinterp.explain.status import Account, Spent, Status
 from rayinterp.explanation import Rule
-from rayinterp.records import ActivationRecord
-from rayinterp.simulate.simulator import TokenSequence
+from rayinterp.planted import FEATURES, OracleSimulator
 from rayinterp.subject import FeatureId
-from tests.conftest import planted_config
+from rayinterp.tables import Committer, Tables
+from tests.conftest import copy_upstream, planted_config
+from tests.explain.records import few_records
 
-TREE = TreeConfig(llm="l", simulator="s", num_llm_roots=2, lexical_root=True, width=2, branching_factor=1, depth=2)
-
-
-def record(number, activations, source="positive"):
-    tokens = tuple(f" w{i}" for i in range(len(activations)))
-    return ActivationRecord(TokenSequence(number, tokens), number, source, (0,) * len(tokens), np.array(activations))
+FEATURE = FeatureId("planted", 0)
 
 
-@pytest.fixture
-def records():
-    return {
-        "train": [record(0, [5.0, 0, 0]), record(1, [0, 0, 0.0])],
-        "valid": [record(2, [0, 5.0, 0]), record(3, [0, 0, 0.0])],
-    }
-
-
-async def test_a_rule_is_simulated_once_per_feature(records):
-    asked = []
-
-    async def simulate(requests):
-        asked.extend((request.rule, len(request.sequences)) for request in requests)
-        return [[r.activations.astype(np.float32) for r in records["train"] + records["valid"]] for _ in requests]
-
-    evaluate = Evaluator(records, simulate, num_worst=1)
-    first = await evaluate((Rule("a", 5), Rule("b", 2)))
-    await evaluate((Rule("b", 5), Rule("c", 1), Rule("c", 2)))
-    assert asked == [("a", 4), ("b", 4), ("c", 4)]
-    assert first.train_score == pytest.approx(1) and first.valid_score == pytest.approx(1)
-
-
-async def test_train_and_valid_are_scored_apart(records):
-    async def simulate(requests):
-        return [[np.array([5.0, 0, 0], np.float32), np.zeros(3, np.float32)] * 2 for _ in requests]
-
-    evaluation = await Evaluator(records, simulate, 1)((Rule("first word", 5),))
-    assert evaluation.train_score == pytest.approx(1)
-    assert evaluation.valid_score < 0
-    assert "w1" not in evaluation.feedback.split("Text:")[0]
-
-
-def proposer(names):
-    """Answers with the names in turn; None is an answer that does not parse."""
-    left = iter(names)
-
-    async def propose(search, node):
-        name = next(left)
-        explanation = None if name is None else (Rule(name, 5),)
-        return Outcome(explanation, "ok" if name else "parse_error", "raw", 10, 2, 0.1)
-
-    return propose
-
-
-async def test_a_search_runs_to_its_end_and_chooses_on_valid(records):
-    quality = {"good": (0.5, 0.2), "better": (0.6, 0.9), "best": (0.7, 0.3), "late": (0.65, 0.4)}
-
-    async def evaluate(explanation):
-        return Evaluation(*quality.get(explanation[0].activates_on, (0.1, 0.1)), "feedback")
-
-    search = await search_feature(TREE, records, evaluate, proposer(["good", None, "better", "good", "best", "late"]))
-    assert [node.kind for node in search.nodes[:3]] == ["lexical", "llm", "llm"]
-    assert [node.status for node in search.nodes] == ["ok", "ok", "parse_error", "ok", "duplicate", "ok", "ok"]
-    assert search.winner().explanation == (Rule("better", 5),)
-    assert search.nodes[3].cost_usd == 0.1
-
-
-async def test_a_cheap_first_look_prunes_each_round_and_the_rest_goes_to_the_simulator(records):
-    cheap = {"good": 0.1, "better": 0.8, "best": 0.9, "late": None}
-    evaluated = []
-
-    async def evaluate(explanation):
-        evaluated.append(explanation[0].activates_on)
-        return Evaluation(0.5 + 0.01 * len(evaluated), 0.5, "feedback")
-
-    async def look(explanation):
-        return cheap.get(explanation[0].activates_on, 0.5)
-
-    names = ["good", "better", "best", "late", "x"]
-    search = await search_feature(TREE, records, evaluate, proposer(names), Cascade(look, keep=1))
-    assert evaluated == ["better", "best", "x"]  # of each round the best by the cheap look
-    assert all(
-        node.train_score is None and node.valid_score is None for node in search.nodes if node.status == "pruned"
-    )
-    assert all(
-        node.cascade_score is not None for node in search.nodes if node.status == "pruned" and node.kind == "llm"
-    )
-    audited = await search_feature(TREE, records, evaluate, proposer([*names, "y", "z"]), Cascade(look, keep=99))
-    assert not [node for node in audited.nodes if node.status == "pruned"]
-
-
-def test_the_audited_features_are_a_seeded_share(records):
-    config = CascadeConfig(simulator="s", keep=2, audit=0.3)
-    features = [FeatureId("a", index) for index in range(400)]
-    kept = [cascade_of(config, feature, records, None, seed=0).keep for feature in features]
-    assert 80 < sum(keep > 2 for keep in kept) < 160
-    assert kept == [cascade_of(config, feature, records, None, seed=0).keep for feature in features]
-    nobody = config.model_copy(update={"audit": 0.0})
-    assert {cascade_of(nobody, feature, records, None, seed=0).keep for feature in features} == {2}
-
-
-async def test_without_an_llm_the_tree_keeps_its_lexical_root(records):
-    async def evaluate(explanation):
-        return Evaluation(0.1, 0.1, "feedback")
-
-    search = await search_feature(TREE, records, evaluate, None)
-    assert [node.kind for node in search.nodes] == ["lexical"]
-    one_shot = await search_feature(OneShotConfig(llm="l", simulator="s"), records, evaluate, None)
-    assert one_shot.nodes == [] and one_shot.winner() is None
-    lexical = await search_feature(LexicalConfig(simulator="s"), records, evaluate, None)
-    assert lexical.winner().kind == "lexical"
-
-
-async def test_a_time_limit_keeps_what_there_is(records):
-    async def evaluate(explanation):
-        return Evaluation(0.1 * len(explanation[0].activates_on), 0.1, "feedback")
-
-    hasty = TREE.model_copy(update={"time_limit_seconds": 1e-9})
-    search = await search_feature(hasty, records, evaluate, proposer([]))
-    assert {node.status for node in search.nodes} == {"stopped"}
-
-
-def test_an_arm_is_not_run_where_it_cannot_succeed(records):
+def test_an_arm_is_not_run_where_it_cannot_succeed():
+    records = few_records()
     assert why_not(records, over_budget=False) is None
     assert why_not(records, over_budget=True) == "no_budget"
     assert why_not({**records, "valid": []}, over_budget=False) == "no_records"
@@ -165,3 +59,196 @@ def test_a_call_budget_reaches_the_first_features_only(tmp_path):
     assert calls_per_feature(config) == (1 + 1 + 2 + 2 * 3 * 2) * 2
     limited = planted_config(tmp_path, "llms.knows.max_calls=100")
     assert features_with_llm(limited, features) == set(features[:3])
+
+
+async def test_nodes_are_handed_over_once_and_as_they_end():
+    written = []
+
+    async def write(rows):
+        written.append([row["node"] for row in rows])
+
+    search = TreeSearch(SearchSettings(3, False, 1, 1, 0, 1.0))
+    commit = NodeCommitter(FEATURE, ("e@1", "s@1"), write)
+    search.ask()
+    search.explained(0, None, "parse_error", thought="hm")
+    await commit(search)
+    search.explained(1, None, "llm_error")
+    search.explained(2, (Rule("a", 5),))
+    await commit(search)
+    search.ask()
+    search.scored(2, 0.5, 0.4, "worse")
+    await commit(search)
+    assert written == [[0], [2]]
+    assert [(row["node"], row["status"]) for row in commit.rest(search)] == [(1, "llm_error")]
+    assert explanation_row(FEATURE, ("e@1", "s@1"), search)["num_candidates"] == 3
+
+
+def test_the_account_survives_an_actor_that_was_started_anew(ray_session):
+    @ray.remote(num_cpus=0)
+    class Spender:
+        def __init__(self):
+            self.now = Spent()
+
+        def set(self, calls, usd):
+            self.now = Spent(calls=calls, usd=usd, pairs=10 * calls)
+
+        def spent(self):
+            return self.now
+
+    spender = Spender.remote()
+    account = Account([spender])
+    totals = []
+    for calls in (3, 5, 1):
+        ray.get(spender.set.remote(calls, calls / 10))
+        totals.append(account.read(at_once=True))
+    assert [spent.calls for spent in totals] == [3, 5, 6]
+    assert totals[-1].usd == pytest.approx(0.6) and totals[-1].pairs == 60
+
+
+def test_the_status_says_how_far_it_is_and_how_well_it_does():
+    status = Status(total=10, done=4)
+    status.take([0.2], finished=True)
+    status.take([0.9, 0.4], finished=True)
+    status.take([], finished=False)
+    status.spent = Spent(calls=1200, usd=1.5)
+    figures = status.figures(pending=3, running=1, stopped_by=None)
+    assert figures["features"] == "3 pending, 1 running, 6 done"
+    assert figures["valid score"] == "median 0.40, best 0.90"
+    assert figures["LLM calls"] == "1,200" and figures["cost"] == "$1.50" and figures["tried again"] == "1"
+    assert "stopping" not in figures and "simulated" not in figures
+
+
+# The stage itself, on the planted run's records, with services of its own.
+
+
+class Fakes:
+    """Picklable: makes services whose LLM fails, waits and answers as it is told."""
+
+    def __init__(self, fails=(), answer_seconds=0.0, transient=True):
+        self.fails, self.answer_seconds, self.transient = Counter(dict(fails)), answer_seconds, transient
+
+    def __call__(self, config, tables, committer, keys, retriever):
+        oracle = OracleSimulator()
+
+        async def simulate(requests):
+            return [oracle.simulate([request])[0] for request in requests]
+
+        async def generate(request, feature_key):
+            await asyncio.sleep(self.answer_seconds)
+            if self.fails[feature_key] > 0:
+                self.fails[feature_key] -= 1
+                raise LLMError("RateLimitError 429 from m", self.transient)
+            feature = FeatureId.parse(feature_key)
+            truth = FEATURES[feature.index].truth[0].activates_on
+            return LLMReply(f'[{{"activates_on": "{truth}", "strength": {request.seed % 6}}}]', "stop", 10, 10)
+
+        async def retrieve(requests):
+            return await retriever.silent.remote(requests)
+
+        return Services({"oracle": lambda: simulate}, dict.fromkeys(config.llms, generate), retrieve)
+
+
+TREE = "explainers={t: {method: tree, llm: knows, simulator: oracle, num_llm_roots: 2, depth: 1, width: 1}}"
+PRICES = ("llms.knows.usd_per_million_prompt_tokens=1e5", "llms.knows.usd_per_million_completion_tokens=0")
+"""A dollar a call."""
+
+
+@pytest.fixture
+def copied(planted_run, tmp_path):
+    return copy_upstream(planted_run, tmp_path / "run")
+
+
+def explain(folder, services, *overrides, over_budget=lambda usd: None):
+    config = planted_config(folder, TREE, *overrides)
+    tables = Tables(str(folder))
+    committer = ray.remote(Committer).options(num_cpus=0).remote(tables)
+    reopen(config, tables, over_budget)
+    figures = []
+    try:
+        counts = run_explain(
+            config, tables, committer, lambda d, t, note="": figures.append(note), over_budget, services
+        )
+    finally:
+        ray.kill(committer)
+    return counts, tables, figures
+
+
+def test_a_feature_on_which_calls_fail_is_tried_again_at_no_cost(copied):
+    services = Fakes({"planted/1": 3})  # of both roots at once, then of one
+    counts, tables, figures = explain(copied, services, "resources.searches_per_actor=1")
+    assert counts == {"ok": 3}
+    assert tables.count("llm_calls") == len(set(tables.read("llm_calls")["request_hash"].to_pylist()))
+    assert not tables.count("candidates", "status = 'llm_error'")
+    assert figures[-2]["tried again"] == "2"
+
+
+def test_a_feature_that_keeps_failing_has_a_row_while_others_go_on(copied):
+    counts, tables, _ = explain(copied, Fakes({"planted/1": 10**6}), "resources.searches_per_actor=1")
+    assert counts == {"ok": 3}  # the lexical root is left to it
+    (row,) = tables.read("explanations", where="feature_key = 'planted/1'").to_pylist()
+    nodes = tables.read("candidates", where="feature_key = 'planted/1'").to_pylist()
+    assert {"llm_error"} < {node["status"] for node in nodes}
+    assert row["explanation"] is not None
+
+
+@pytest.mark.parametrize("transient", [True, False])
+def test_an_llm_that_never_answers_ends_the_stage_and_leaves_no_row(copied, transient):
+    everywhere = {f"planted/{i}": 10**6 for i in range(3)}
+    with pytest.raises(UserError, match="RateLimitError 429"):
+        explain(copied, Fakes(everywhere, transient=transient))
+    assert Tables(str(copied)).count("explanations") == 0
+
+
+def test_an_outage_is_waited_out(copied, monkeypatch):
+    monkeypatch.setattr(runner, "MAX_FAILURES", 2)
+    monkeypatch.setattr(runner, "OUTAGE_PAUSE", 0.5)
+    start = time.monotonic()
+    services = Fakes({"planted/1": 3, "planted/2": 3})
+    counts, tables, _ = explain(copied, services, "resources.searches_per_actor=1")
+    assert counts == {"ok": 3} and time.monotonic() - start > 1
+    assert not tables.count("candidates", "status = 'llm_error'")
+
+
+def test_a_budget_ends_searches_with_what_they_have_and_more_of_it_goes_on(copied):
+    def limit(usd):
+        return lambda spent: f"budget.max_usd is {usd}" if spent >= usd else None
+
+    slow = Fakes(answer_seconds=1.5)
+    one_at_a_time = ("resources.searches_per_actor=1", *PRICES)
+    counts, tables, figures = explain(copied, slow, *one_at_a_time, over_budget=limit(2))
+    assert counts == {"budget": 1, "no_budget": 2}
+    assert any("budget.max_usd is 2" in figure.get("stopping", "") for figure in figures if figure)
+    (cut,) = tables.read("explanations", where="status = 'budget'").to_pylist()
+    assert cut["explanation"] is not None and cut["num_candidates"] == 3
+    paid = tables.count("llm_calls")
+    config = planted_config(copied, TREE, *one_at_a_time)
+    assert not arms_left(config, tables, live_features(tables))
+    counts, tables, _ = explain(copied, slow, *one_at_a_time, over_budget=limit(2))  # the same budget: nothing more
+    assert counts == {"budget": 1, "no_budget": 2} and tables.count("llm_calls") == paid
+    counts, tables, _ = explain(copied, slow, *one_at_a_time, over_budget=limit(1000))
+    assert counts == {"ok": 3}
+    hashes = tables.read("llm_calls")["request_hash"].to_pylist()
+    assert len(hashes) == len(set(hashes)) > paid
+
+
+def test_a_falsifier_in_the_loop_finds_silent_sequences_that_sound_like_the_rule(copied):
+    falsifier = "explainers.t.falsifier={num_drawn: 20, num_added: 3}"
+    mistaken = planted_config(copied, TREE, falsifier)
+    answers = {f"planted/{i}": '[{"activates_on": "words about ships and the sea", "strength": 5}]' for i in range(3)}
+
+    class Mistaken(Fakes):
+        def __call__(self, *arguments):
+            services = super().__call__(*arguments)
+
+            async def generate(request, feature_key):
+                text = answers[feature_key].replace("5", str(request.seed % 2 + 4))
+                return LLMReply(text, "stop", 10, 10)
+
+            return services._replace(llms=dict.fromkeys(mistaken.llms, generate))
+
+    _, tables, _ = explain(copied, Mistaken(), falsifier, "explainers.t.lexical_root=false")
+    rows = {row["feature"]: row for row in tables.read("explanations").to_pylist()}
+    assert rows[2]["num_falsifiers"] == 3  # it is silent where there are ships
+    assert rows[0]["num_falsifiers"] == 0  # there the rule is true
+    revised = tables.read("candidates", where="feature_key = 'planted/2' and kind = 'revision'").to_pylist()
+    assert all("stays silent" in node["feedback"] for node in revised)

@@ -65,7 +65,7 @@ async def test_what_a_deployed_simulator_has_answered_is_never_asked_again(ray_s
     committer = ray.remote(Committer).options(num_cpus=0).remote(tables)
     handle = deploy_simulator("tiny", arm, RESOURCES, "simulator-tiny")
     assert deploy_simulator("tiny", arm, RESOURCES, "simulator-tiny") is not None  # it runs already, and is kept
-    simulate = await tiny_client(tmp_path / "run", arm, handle, committer).remembering(SEQUENCES)
+    simulate = tiny_client(tmp_path / "run", arm, handle, committer).remembering()
     first, again = await simulate(CANDIDATE), await simulate(CANDIDATE[:1])
     stats = await handle.stats.remote()
     assert serve.status().proxies == {}  # no port is opened
@@ -73,7 +73,7 @@ async def test_what_a_deployed_simulator_has_answered_is_never_asked_again(ray_s
     assert stats["num_pairs"] == NUM_PAIRS == tables.count("simulations")
     assert_same(first[:1], again)
 
-    resumed = await tiny_client(tmp_path / "run", arm, handle, committer).remembering(SEQUENCES)
+    resumed = tiny_client(tmp_path / "run", arm, handle, committer).remembering()
     assert_same(first, await resumed(CANDIDATE))
     assert (await handle.stats.remote())["num_pairs"] == NUM_PAIRS
     serve.delete("simulator-tiny")
@@ -86,7 +86,7 @@ async def test_calibrations_share_a_memo(tmp_path):
     replica = SimulatorReplica("tiny", arm)
     for one in (arm, ratio):
         a_client = tiny_client(tmp_path / "run", one, local_handle(replica), local_committer(tables))
-        await (await a_client.remembering(SEQUENCES))(CANDIDATE)
+        await a_client.remembering()(CANDIDATE)
     assert (await replica.stats())["num_pairs"] == NUM_PAIRS == tables.count("simulations")
 
 
@@ -174,7 +174,7 @@ async def test_a_lost_request_is_sent_again_and_a_wrong_one_is_not(tmp_path, mon
     committer = local_committer(Tables(str(tmp_path)))
 
     async def ask(handle):
-        return await (await tiny_client(tmp_path / "run", arm, handle, committer).remembering(SEQUENCES))(CANDIDATE)
+        return await tiny_client(tmp_path / "run", arm, handle, committer).remembering()(CANDIDATE)
 
     flaky = Flaky(ActorDiedError(), BackPressureError(0, 0), NodeDiedError(""), ObjectLostError("", None, ""))
     assert len(await ask(flaky)) == 2 and flaky.calls == 5
@@ -201,7 +201,7 @@ async def test_replicas_that_are_killed_under_load_lose_no_request_and_change_no
     arm, app = LateInteractionConfig(embedder="embedded/minilm-l6"), "simulator-killed"
     handle = deploy_simulator("words", arm, ServiceResources(num_cpus=0.1, num_actors=2), app)
     a_client = tiny_client(tmp_path / "run", arm, handle, local_committer(Tables(str(tmp_path))))
-    simulate = await a_client.remembering(SEQUENCES)
+    simulate = a_client.remembering()
     quiet = await simulate(CANDIDATE)
     done = asyncio.Event()
     answers: list[list[list[np.ndarray]]] = []

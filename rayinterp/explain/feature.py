@@ -1,0 +1,209 @@
+"""One feature's search from its first question to its end: explainer, evaluator and falsifier around `TreeSearch`.
+
+    TreeSearch --propose--> explainer (an LLM, or the lexical one)     --explained--> TreeSearch
+               --look, score--> evaluator (simulators)                 --looked, scored-->
+               --rescore--> falsifier grows the train set, evaluator   --rescored-->
+
+All that waits is an awaitable, so that one process runs many searches; nothing here knows Ray.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import NamedTuple
+
+from rayinterp.config import (
+    FalsifierConfig,
+    LexicalConfig,
+    LLMConfig,
+    OneShotConfig,
+    TreeConfig,
+    looks_of,
+)
+from rayinterp.explain import explainer
+from rayinterp.explain.evaluator import Evaluator, look_records
+from rayinterp.explain.explainer import Call, Outcome
+from rayinterp.explain.lexical import lexical_explanation
+from rayinterp.explain.search import Node, SearchSettings, Step, TreeSearch
+from rayinterp.explanation import Explanation, to_json
+from rayinterp.records import ActivationRecord
+from rayinterp.simulate.simulator import SimulateAsync
+from rayinterp.sources import generator_for
+from rayinterp.subject import FeatureId
+
+Arm = LexicalConfig | OneShotConfig | TreeConfig
+Propose = Callable[[TreeSearch, Node], Awaitable[Outcome]]
+"""Asks an LLM for a root or a revision."""
+Silent = Callable[[list[Explanation], int], Awaitable[list[ActivationRecord]]]
+"""Silent train records nearest to each explanation's own words, so many of each, nearest first."""
+
+
+class Search(NamedTuple):
+    """What the search of one feature by one arm needs."""
+
+    arm: Arm
+    settings: SearchSettings
+    records: dict[str, list[ActivationRecord]]
+    evaluator: Evaluator
+    propose: Propose | None
+    """None where there is no LLM, or no budget for it."""
+    silent: Silent | None = None
+    """None where nothing falsifies."""
+
+
+def settings_of(arm: Arm, has_llm: bool, audited: bool = False) -> SearchSettings:
+    """Every explainer is a search: one-shot and lexical are searches of a single root.
+
+    Args:
+        audited: Look at all candidates, and let all go on.
+    """
+    if not isinstance(arm, TreeConfig):
+        lexical = isinstance(arm, LexicalConfig)
+        return SearchSettings(0 if lexical or not has_llm else 1, lexical, 1, 1, 0, 1.0)
+    settings = SearchSettings(
+        arm.num_llm_roots if has_llm else 0,
+        arm.lexical_root,
+        arm.branching_factor,
+        arm.width,
+        arm.depth if has_llm else 0,
+        arm.stop_score,
+        "best_first" if arm.strategy == "best_first" else "beam",
+        falsify=arm.falsifier is not None,
+    )
+    if arm.cascade:
+        return settings._replace(num_looks=1, keep=_EVERYTHING if audited else arm.cascade.keep)
+    if arm.strategy == "successive_halving":
+        return settings._replace(num_looks=arm.halving.num_looks, eta=arm.halving.eta)
+    return settings
+
+
+_EVERYTHING = 2**31
+
+
+def prepare_search(
+    arm: Arm,
+    feature: FeatureId,
+    records: dict[str, list[ActivationRecord]],
+    simulators: dict[str, SimulateAsync],
+    propose: Propose | None,
+    silent: Silent | None,
+    seed: int,
+) -> Search:
+    """Puts together what a search needs; all chance comes from (seed, feature).
+
+    Args:
+        simulators: By arm name.
+    """
+    audited = False
+    looked: list[list[ActivationRecord]] = []
+    looks = looks_of(arm)
+    if isinstance(arm, TreeConfig) and arm.cascade:
+        audited = generator_for(seed, feature, "cascade").random() < arm.cascade.audit
+        looked = [records["train"]]
+    elif isinstance(arm, TreeConfig) and looks:
+        counts = [arm.halving.num_records * arm.halving.eta**look for look in range(arm.halving.num_looks)]
+        order = generator_for(seed, feature, "looks").permutation(len(records["train"]))
+        looked = look_records(records["train"], counts, order.tolist())
+    num_worst = arm.num_worst_records if isinstance(arm, TreeConfig) else 1
+    evaluator = Evaluator(
+        records, simulators[arm.simulator], num_worst, simulators[looks[1]] if looks else None, looked
+    )
+    return Search(arm, settings_of(arm, propose is not None, audited), records, evaluator, propose, silent)
+
+
+async def search_feature(
+    one: Search,
+    stopping: Callable[[], bool] = lambda: False,
+    on_scored: Callable[[TreeSearch], Awaitable[None]] | None = None,
+) -> TreeSearch:
+    """Runs one search to its end, or until it is told to stop.
+
+    Args:
+        stopping: Asked between any two steps; what has been told by then is kept.
+        on_scored: Called as nodes come to their end, with the search.
+    """
+    search = TreeSearch(one.settings)
+    limit = one.arm.time_limit_seconds if isinstance(one.arm, TreeConfig) else float("inf")
+    deadline = time.monotonic() + limit
+    while steps := search.ask():
+        if stopping() or time.monotonic() > deadline:
+            search.stop()
+            break
+        await _take(one, search, steps)
+        if on_scored:
+            await on_scored(search)
+    return search
+
+
+async def _take(one: Search, search: TreeSearch, steps: list[Step]) -> None:
+    """Answers a batch of steps, all of one action; told in their order, whatever comes first."""
+    nodes = [search.nodes[step.node] for step in steps]
+    action = steps[0].action
+    if action == "propose":
+        for node, outcome in zip(nodes, await asyncio.gather(*(_outcome(one, search, n) for n in nodes)), strict=True):
+            search.explained(node.node, **outcome._asdict())
+        return
+    if action == "rescore" and one.silent and isinstance(one.arm, TreeConfig) and one.arm.falsifier:
+        await falsify(one.evaluator, search, one.silent, one.arm.falsifier)
+    explanations = [node.explanation for node in nodes if node.explanation is not None]
+    assert len(explanations) == len(nodes), f"{action} without an explanation"
+    if action == "look":
+        for node, score in zip(nodes, await one.evaluator.looks(explanations, steps[0].look), strict=True):
+            search.looked(node.node, score)
+        return
+    for node, evaluation in zip(nodes, await one.evaluator.scores(explanations), strict=True):
+        if action == "score":
+            search.scored(node.node, *evaluation)
+        else:
+            search.rescored(node.node, evaluation.train_score, evaluation.feedback)
+
+
+async def _outcome(one: Search, search: TreeSearch, node: Node) -> Outcome:
+    if node.kind == "lexical":
+        explanation = lexical_explanation(one.records["train"], one.arm.rule_cap)
+        return Outcome(explanation, "ok" if explanation else "nothing_fires", None, 0, 0, 0.0)
+    assert one.propose is not None, "the search asked for an LLM that it was not given"
+    return await one.propose(search, node)
+
+
+async def falsify(evaluator: Evaluator, search: TreeSearch, silent: Silent, config: FalsifierConfig) -> None:
+    """Tries what is kept on silent sequences that sound like it; those predicted most wrongly join the train set."""
+    explanations = [node.explanation for node in search.kept() if node.explanation is not None]
+    drawn = await silent(explanations, config.num_drawn)
+    known = {record.sequence.sequence_id for record in evaluator.train}
+    drawn = [record for record in drawn if record.sequence.sequence_id not in known]
+    mistakes = await evaluator.mistaken(explanations, drawn)
+    worst = sorted(range(len(drawn)), key=lambda i: (-mistakes[i], drawn[i].sequence.sequence_id))
+    evaluator.grow([drawn[i] for i in worst[: config.num_added] if mistakes[i] > 0])
+
+
+def llm_proposer(
+    call: Call,
+    llm: LLMConfig,
+    arm: OneShotConfig,
+    feature: FeatureId,
+    records: Sequence[ActivationRecord],
+    run_seed: int,
+) -> Propose:
+    """Asks an LLM for roots and revisions of one feature's explanation."""
+    begin = explainer.first_messages(records, arm)
+
+    async def propose(search: TreeSearch, node: Node) -> Outcome:
+        messages, root = begin, [n.node for n in search.nodes if n.kind == "llm"]
+        # Roots are numbered among themselves, so that the arms share their answers.
+        name = f"root/{root.index(node.node)}" if node.parent is None else f"node/{node.node}"
+        for ancestor in search.path(node.node)[:-1]:
+            assert ancestor.explanation is not None and ancestor.feedback is not None
+            answer = _as_answer(ancestor.explanation, arm.structured)
+            messages = explainer.continue_messages(messages, answer, ancestor.feedback, arm)
+        seed = f"{run_seed}/{feature}/{name}"
+        return await explainer.ask(call, llm, messages, arm, seed, str(feature))
+
+    return propose
+
+
+def _as_answer(explanation: Explanation, structured: bool) -> str:
+    """An explanation as the LLM itself would have written it, also where it did not (the lexical root)."""
+    return to_json(explanation) if structured else "; ".join(rule.activates_on for rule in explanation)

@@ -50,6 +50,7 @@ REASONS = {
     "llm_error": "the LLM gave no answer",
     "nothing_fires": "nothing fires in the train records",
     "no_budget": "beyond the budget",
+    "budget": "cut short by the budget",
     "stopped": "the search was stopped first",
     "undefined": "a correlation that is not defined",
     "duplicate": "same explanation as another node",

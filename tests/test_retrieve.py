@@ -1,5 +1,7 @@
 """Texts in, silent sequences out: on the planted run, against a scan written plainly."""
 
+import asyncio
+
 import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
@@ -8,7 +10,7 @@ from rayinterp import embedded
 from rayinterp.errors import UserError
 from rayinterp.index import check_dimension, to_matrix
 from rayinterp.planted import FEATURES, VOCABULARY, fires
-from rayinterp.retrieve import Retriever, SilentRequest
+from rayinterp.retrieve import RULE_NEGATIVE, Retriever, SharedRetriever, SilentRequest
 from rayinterp.subject import FeatureId
 
 
@@ -64,6 +66,31 @@ def test_a_word_of_the_rule_itself_is_never_answered_with_an_active_sequence(ret
 def test_a_request_without_texts_finds_nothing(retriever):
     assert retriever.silent([]) == []
     assert retriever.silent([SilentRequest(FeatureId("planted", 0), (), "train", 5)]) == [[]]
+
+
+async def test_searches_that_ask_while_a_pass_runs_share_the_next_one(planted_run, retriever, monkeypatch):
+    shared, passes = SharedRetriever(planted_run.config, planted_run.tables), []
+    real = Retriever.silent
+    monkeypatch.setattr(
+        Retriever, "silent", lambda self, requests: passes.append(len(requests)) or real(self, requests)
+    )
+    requests = [SilentRequest(FeatureId("planted", 0), (text,), "train", 4) for text in VOCABULARY[:6]]
+    answers = await asyncio.gather(*(shared.silent([request]) for request in requests), shared.silent([]))
+    assert passes[0] + sum(passes[1:]) == 6 and len(passes) <= 2
+    for request, (records,), found in zip(requests, answers[:-1], real(retriever, requests), strict=True):
+        assert [record.sequence.sequence_id for record in records] == [hit.sequence_id for hit in found]
+        assert all(record.source == RULE_NEGATIVE and not record.activations.any() for record in records), request
+        assert all(len(record.sequence.tokens) == len(record.activations) for record in records)
+    assert answers[-1] == []
+
+
+async def test_a_failed_pass_fails_those_who_waited_for_it_and_not_the_next(planted_run, monkeypatch):
+    shared = SharedRetriever(planted_run.config, planted_run.tables)
+    monkeypatch.setattr(shared, "_find", lambda requests: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        await shared.silent([])
+    monkeypatch.setattr(shared, "_find", lambda requests: [[] for _ in requests])
+    assert await shared.silent([SilentRequest(FeatureId("planted", 0), (), "train", 5)]) == [[]]
 
 
 def test_an_encoder_of_another_length_is_refused(planted_run):

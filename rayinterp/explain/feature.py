@@ -121,14 +121,14 @@ async def search_feature(
     """Runs one search to its end, or until it is told to stop.
 
     Args:
-        stopping: Asked between any two steps; what has been told by then is kept.
+        stopping: Asked before each round of proposals: what has been paid for is still scored.
         on_scored: Called as nodes come to their end, with the search.
     """
     search = TreeSearch(one.settings)
     limit = one.arm.time_limit_seconds if isinstance(one.arm, TreeConfig) else float("inf")
     deadline = time.monotonic() + limit
     while steps := search.ask():
-        if stopping() or time.monotonic() > deadline:
+        if steps[0].action == "propose" and (stopping() or time.monotonic() > deadline):
             search.stop()
             break
         await _take(one, search, steps)

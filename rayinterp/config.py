@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from rayinterp.errors import UserError
 
@@ -31,6 +31,7 @@ Source = Literal[
 ]
 Dtype = Literal["auto", "float32", "bfloat16"]
 Calibration = Literal["none", "difference", "ratio"]
+AnswerFormat = Literal["text", "json_object", "json_schema"]
 
 UPSTREAM = ("seed", "subject", "corpus", "harvest", "index", "records")
 """Sections that are fixed per run directory."""
@@ -211,7 +212,11 @@ class LLMConfig(_Section):
     answers: dict[str, str] = {}
     """What a scripted LLM answers, by feature id: for tests and dry runs."""
     base_url: str | None = None
-    """Endpoint; the openai package's default where left out."""
+    """Endpoint, without a query or a user: what is secret goes into the environment. The openai package's default where
+    left out."""
+    answer_format: AnswerFormat = "text"
+    """How an endpoint is told the form of structured answers. text: by the prompt alone; json_object: any JSON object;
+    json_schema: rules and nothing else. A local model is always held to the form."""
     api_key_env: str = "OPENAI_API_KEY"
     """Environment variable that holds the key. Keys are never written to a config."""
     dtype: Dtype = "auto"
@@ -219,9 +224,14 @@ class LLMConfig(_Section):
     device: str = "auto"
     """Where a local model runs."""
     timeout_seconds: float = Field(default=120, gt=0)
-    """Per request."""
-    max_retries: int = Field(default=3, ge=0)
-    """Of connection errors, rate limits and 5xx answers; anything else is not retried."""
+    """Per attempt."""
+    max_retries: int = Field(default=6, ge=0)
+    """Of connection errors, timeouts, rate limits and 5xx answers, half a second to 8 s apart or as the endpoint says;
+    anything else is not retried."""
+    max_concurrency: int = Field(default=32, gt=0)
+    """Calls under way at once in the whole run."""
+    requests_per_minute: float | None = Field(default=None, gt=0)
+    """Calls begun in a minute in the whole run, at even distances; retries come on top."""
     usd_per_million_prompt_tokens: float | None = None
     """Price; without it the cost is null."""
     usd_per_million_completion_tokens: float | None = None
@@ -229,12 +239,28 @@ class LLMConfig(_Section):
     max_calls: int | None = None
     """Calls that one run may make; arms of the features beyond it get the status no_budget."""
 
+    @field_validator("base_url")
+    @classmethod
+    def _holds_no_secret(cls, base_url: str | None) -> str | None:
+        if base_url is not None and ("?" in base_url or "@" in base_url):
+            raise ValueError("has a query or a user, where keys end up in logs; give the key by api_key_env")
+        return base_url
+
+    @model_validator(mode="after")
+    def _format_is_an_endpoints(self) -> LLMConfig:
+        if self.answer_format != "text" and self.provider != "openai":
+            raise ValueError(
+                f"answer_format is {self.answer_format!r}, which endpoints alone are told; leave it out where provider "
+                f"is {self.provider!r}"
+            )
+        return self
+
 
 class LexicalConfig(_Section):
     """Rules from the tokens that tell active from silent train records: no LLM."""
 
     method: Literal["lexical"] = "lexical"
-    rule_cap: int = Field(default=5, ge=1, le=20)
+    rule_cap: int = Field(default=5, ge=1, le=10)
     """Rules at most."""
     simulator: str
     """Simulator arm that scores it on train and valid."""
@@ -250,12 +276,17 @@ class OneShotConfig(_Section):
     """Simulator arm that scores it on train and valid."""
     structured: bool = True
     """Rules with strengths, or one sentence."""
-    rule_cap: int = Field(default=5, ge=1, le=20)
+    rule_cap: int = Field(default=5, ge=1, le=10)
     """Rules at most."""
     few_shots: bool = True
     """Show a worked example first. A very small model copies it; leave it out there."""
     num_records_shown: int = Field(default=10, gt=0)
     """Train positives in the prompt."""
+    num_negatives_shown: int = Field(default=0, ge=0)
+    """Train complementary records in the prompt, as texts on which the feature is silent; those on which it is not are
+    passed over."""
+    holistic: bool = False
+    """Show the tokens of each text without which the feature would fire less; `records.holistic` computes them."""
     temperature: float = Field(default=1.2, ge=0)
     """Sampling temperature."""
     max_tokens: int = Field(default=512, gt=0)
@@ -526,6 +557,26 @@ class RunConfig(_Section):
             _must_exist("score.simulators", simulator, self.simulators)
         return self
 
+    @model_validator(mode="after")
+    def _prompts_have_their_parts(self) -> RunConfig:
+        for name, explainer in self.explainers.items():
+            if not isinstance(explainer, OneShotConfig):
+                continue
+            records = self.records
+            if explainer.holistic and (records.holistic == "none" or "train" not in records.holistic_splits):
+                raise ValueError(
+                    f"explainers.{name}.holistic is true, but records.holistic is {records.holistic!r} with "
+                    f"holistic_splits {list(records.holistic_splits)}; set records.holistic to 'positive' or 'all' and "
+                    "have 'train' among records.holistic_splits, or leave explainers out that need them"
+                )
+            if explainer.num_negatives_shown and not (records.complementary and records.train.complementary):
+                raise ValueError(
+                    f"explainers.{name}.num_negatives_shown is {explainer.num_negatives_shown}, but train has no "
+                    "complementary records; raise records.train.complementary and name sources in "
+                    "records.complementary"
+                )
+        return self
+
 
 def simulators_of(explainer: ExplainerConfig) -> list[str]:
     """Simulator arms that an explainer asks."""
@@ -638,6 +689,7 @@ def _tags(model: type[BaseModel]) -> set[str]:
 OPERATIONAL = frozenset(
     {
         *("device", "batch_size", "token_budget", "api_key_env", "timeout_seconds", "max_retries", "max_calls"),
+        *("max_concurrency", "requests_per_minute"),
         *("attn_implementation", "tensor_parallel_size", "gpu_memory_utilization"),
         *("usd_per_million_prompt_tokens", "usd_per_million_completion_tokens"),
     }

@@ -57,17 +57,37 @@ def render(explanation: Explanation) -> str:
     )
 
 
+def rules_schema(rule_cap: int) -> dict[str, Any]:
+    """JSON schema of a structured answer. Endpoints want an object at the root, and every key required."""
+    rule = {
+        "type": "object",
+        "properties": {
+            "activates_on": {"type": "string"},
+            "strength": {"type": "integer", "minimum": 0, "maximum": MAX_STRENGTH},
+        },
+        "required": ["activates_on", "strength"],
+        "additionalProperties": False,
+    }
+    return {
+        "type": "object",
+        "properties": {"rules": {"type": "array", "items": rule, "minItems": 1, "maxItems": rule_cap}},
+        "required": ["rules"],
+        "additionalProperties": False,
+    }
+
+
 def parse_structured(answer: str, rule_cap: int) -> Explanation:
     """Rules from an LLM's answer: strict about meaning, lenient about wrapping.
 
-    Code fences, prose around the list, trailing commas and numbers such as "4" or 4.0 are accepted; strengths
-    are clamped to 0-5 and rules beyond `rule_cap` are cut off.
+    The list may stand alone or as `{"rules": [...]}`. Code fences, prose around it, trailing commas and numbers such
+    as "4" or 4.0 are accepted; strengths are clamped to 0-5 and rules beyond `rule_cap` are cut off.
 
     Raises:
         ParseError: no JSON list of objects with a non-empty `activates_on` and a whole-number `strength`.
     """
     problem = "no JSON list of rules in the answer"
-    for start in (match.start() for match in re.finditer(r"\[", answer)):
+    # An object follows the bracket: the others of an answer gone wrong may be thousands, each read to its end.
+    for start in (match.start() for match in re.finditer(r"\[\s*\{", answer)):
         value = _decode_list(answer[start:])
         if value is None:
             continue
@@ -100,7 +120,7 @@ def _decode_list(text: str) -> list[Any] | None:
     for candidate in (text, re.sub(r",(\s*[\]}])", r"\1", text)):
         try:
             value, _ = decoder.raw_decode(candidate)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # also numbers and nesting beyond Python's limits
             continue
         if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
             return value
@@ -118,8 +138,12 @@ def _to_rule(item: dict[str, Any]) -> Rule:
         raise ParseError(f"strength is {strength!r}; it must be a whole number from 0 to 5")
     try:
         number = float(strength)
-    except ValueError:
-        raise ParseError(f"strength is {strength!r}; it must be a whole number from 0 to 5") from None
+    except (ValueError, OverflowError):
+        raise ParseError("strength is no number; it must be a whole number from 0 to 5") from None
     if not number.is_integer():
         raise ParseError(f"strength is {strength!r}; it must be a whole number from 0 to 5")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ParseError("activates_on holds half a character (a lone surrogate)") from None
     return Rule(text.strip(), min(max(int(number), 0), MAX_STRENGTH))

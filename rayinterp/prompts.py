@@ -103,17 +103,34 @@ which it fires. The tokens that make it fire stand between << and >>, and are li
 it fires, from 1 to 5. Find what these tokens, or the places where they stand, have in common. Describe what the \
 feature fires on, not the texts as a whole; be as specific as the texts allow."""
 
-_STRUCTURED_ANSWER = """\
-Answer with a JSON list of at most {rule_cap} rules and nothing else. Each rule is an object with "activates_on", a \
-short description of tokens that make the feature fire, and "strength", a whole number from 0 to 5 that says how \
-strongly. Use a second rule only for tokens that the first does not cover."""
+_NEGATIVES_TASK = """\
+After them come texts on which the feature is silent, though some are much like the others: what you say must not hold \
+of any token in them."""
 
+_HOLISTIC_TASK = """\
+Under some texts stand the tokens without which the feature would fire less, the most important first: they are what it \
+needs, also where it does not fire on them."""
+
+_RULE = """\
+Each rule is an object with "activates_on", a short description of tokens that make the feature fire, and "strength", a \
+whole number from 0 to 5 that says how strongly. Use a second rule only for tokens that the first does not cover."""
+
+_STRUCTURED_ANSWER = "Answer with a JSON list of at most {rule_cap} rules and nothing else. " + _RULE
+_OBJECT_ANSWER = (
+    'Answer with a JSON object {{"rules": [...]}}, a list of at most {rule_cap} rules, and nothing else. ' + _RULE
+)
 _STRING_ANSWER = (
     "Answer with one short sentence that describes the tokens that make the feature fire, and nothing else."
 )
 
-STRUCTURED_PREFILL = '[{"activates_on": "'
-"""Where a model that we run ourselves begins a structured answer."""
+
+class AnswerForm(NamedTuple):
+    """What an explainer is asked to write; nothing else in a prompt depends on it."""
+
+    asked: str
+    asked_again: str
+    example: str
+    """The worked example's answer."""
 
 
 class MarkedRecord(NamedTuple):
@@ -122,13 +139,25 @@ class MarkedRecord(NamedTuple):
     tokens: tuple[str, ...]
     strengths: tuple[int, ...]
     """0-5 for each token."""
+    needed: tuple[str, ...] = ()
+    """Tokens without which the feature would fire less, the most important first."""
 
 
 _EXPLAINER_RECORDS = (
     MarkedRecord(
-        (" The", " old", " oak", " lost", " a", " branch", " in", " the", " storm"), (0, 0, 5, 0, 0, 2, 0, 0, 0)
+        (" The", " old", " oak", " lost", " a", " branch", " in", " the", " storm"),
+        (0, 0, 5, 0, 0, 2, 0, 0, 0),
+        (" oak", " branch"),
     ),
-    MarkedRecord((" A", " row", " of", " birch", " trees", " lined", " the", " lane"), (0, 0, 0, 5, 4, 0, 0, 0)),
+    MarkedRecord(
+        (" A", " row", " of", " birch", " trees", " lined", " the", " lane"),
+        (0, 0, 0, 5, 4, 0, 0, 0),
+        (" birch", " trees", " row"),
+    ),
+)
+_EXPLAINER_NEGATIVES = (
+    MarkedRecord((" The", " branch", " of", " the", " bank", " in", " town", " was", " closed"), (0,) * 9),
+    MarkedRecord((" A", " row", " of", " lamps", " lined", " the", " lane"), (0,) * 7),
 )
 _STRUCTURED_EXAMPLE = (
     '[{"activates_on": "names of kinds of trees, and the word trees", "strength": 5}, '
@@ -137,25 +166,57 @@ _STRUCTURED_EXAMPLE = (
 _STRING_EXAMPLE = "names of kinds of trees, and more weakly parts of a tree such as a branch"
 
 
-def explainer_messages(records: list[MarkedRecord], rule_cap: int, structured: bool, few_shots: bool) -> list[Message]:
-    """Task, a worked example if asked for, and the feature's records; the two forms of answer differ in form alone."""
-    form = _STRUCTURED_ANSWER.format(rule_cap=rule_cap) if structured else _STRING_ANSWER
+def answer_form(rule_cap: int, structured: bool, as_object: bool = False) -> AnswerForm:
+    """
+    Args:
+        as_object: The list stands in an object, as endpoints that enforce JSON want it.
+    """
+    if not structured:
+        return AnswerForm(_STRING_ANSWER, "Answer with one sentence.", _STRING_EXAMPLE)
+    asked = (_OBJECT_ANSWER if as_object else _STRUCTURED_ANSWER).format(rule_cap=rule_cap)
+    again = f"Answer in the same form: the JSON {'object' if as_object else 'list'} and nothing else."
+    return AnswerForm(asked, again, as_rules_object(_STRUCTURED_EXAMPLE) if as_object else _STRUCTURED_EXAMPLE)
+
+
+def as_rules_object(rules: str) -> str:
+    """A JSON list of rules as the object that holds it."""
+    return f'{{"rules": {rules}}}'
+
+
+def explainer_messages(
+    records: list[MarkedRecord],
+    negatives: list[MarkedRecord],
+    form: AnswerForm,
+    few_shots: bool,
+    holistic: bool,
+) -> list[Message]:
+    """Task, a worked example if asked for, and the feature's records; the example has the parts that the records have.
+
+    Args:
+        negatives: Texts on which the feature is silent; they are spoken of only where there are any.
+        holistic: Shows the tokens that each text needs.
+    """
+    parts = [_EXPLAINER_TASK, *([_NEGATIVES_TASK] if negatives else []), *([_HOLISTIC_TASK] if holistic else [])]
+    task = f"{' '.join(parts)}\n{form.asked}"
+    shown = _render_records(records, negatives, holistic)
     if not few_shots:
-        return [{"role": "user", "content": f"{_EXPLAINER_TASK}\n{form}\n\n{_render_records(records)}"}]
-    example = _STRUCTURED_EXAMPLE if structured else _STRING_EXAMPLE
+        return [{"role": "user", "content": f"{task}\n\n{shown}"}]
+    worked = _render_records(list(_EXPLAINER_RECORDS), list(_EXPLAINER_NEGATIVES) if negatives else [], holistic)
     return [
-        {"role": "user", "content": f"{_EXPLAINER_TASK}\n{form}\n\n{_render_records(list(_EXPLAINER_RECORDS))}"},
-        {"role": "assistant", "content": example},
-        {"role": "user", "content": f"Another feature, with the same form of answer.\n\n{_render_records(records)}"},
+        {"role": "user", "content": f"{task}\n\n{worked}"},
+        {"role": "assistant", "content": form.example},
+        {"role": "user", "content": f"Another feature, with the same form of answer.\n\n{shown}"},
     ]
 
 
-def revision_messages(answer: str, feedback: str, structured: bool) -> list[Message]:
+def revision_messages(answer: str, feedback: str, form: AnswerForm) -> list[Message]:
     """Continues a conversation: the answer given, how it did, and the request for a better one."""
-    form = "Answer in the same form: the JSON list and nothing else." if structured else "Answer with one sentence."
     return [
         {"role": "assistant", "content": answer},
-        {"role": "user", "content": f"{feedback}\n\nWrite a better description of the same feature. {form}"},
+        {
+            "role": "user",
+            "content": f"{feedback}\n\nWrite a better description of the same feature. {form.asked_again}",
+        },
     ]
 
 
@@ -193,8 +254,14 @@ def falsifier_text(tokens: tuple[str, ...], predicted: list[float]) -> str:
     )
 
 
-def _render_records(records: list[MarkedRecord]) -> str:
-    return "\n".join(f"Text {number}: {_marked_text(r)}\n{_fires_on(r)}" for number, r in enumerate(records, 1))
+def _render_records(records: list[MarkedRecord], negatives: list[MarkedRecord], holistic: bool) -> str:
+    lines = []
+    for number, record in enumerate(records, 1):
+        lines += [f"Text {number}: {_marked_text(record)}", _fires_on(record)]
+        if holistic and record.needed:
+            lines.append("Fires less without: " + ", ".join(_quoted(token) for token in record.needed))
+    lines += [f"Silent text {number}: {_marked_text(record)}" for number, record in enumerate(negatives, 1)]
+    return "\n".join(lines)
 
 
 def _marked_text(record: MarkedRecord) -> str:

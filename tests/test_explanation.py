@@ -1,8 +1,18 @@
 import json
 
+import jsonschema
 import pytest
 
-from rayinterp.explanation import ParseError, Rule, from_json, parse_string, parse_structured, render, to_json
+from rayinterp.explanation import (
+    ParseError,
+    Rule,
+    from_json,
+    parse_string,
+    parse_structured,
+    render,
+    rules_schema,
+    to_json,
+)
 
 
 @pytest.mark.parametrize(
@@ -13,6 +23,8 @@ from rayinterp.explanation import ParseError, Rule, from_json, parse_string, par
         'The texts [1-3] are about [wood]: [{"activates_on": "trees", "strength": 4}] I hope [this] helps.',
         '[{"activates_on": "trees", "strength": "4"},]',
         '[{"activates_on": " trees ", "strength": 4.0, "why": "seen"}]',
+        '{"rules": [{"activates_on": "trees", "strength": 4}]}',
+        '```json\n{"rules": [\n  {"activates_on": "trees", "strength": 4},\n]}\n``` as {"rules": []} asks',
     ],
 )
 def test_wrapping_is_forgiven(answer):
@@ -36,11 +48,39 @@ def test_wrapping_is_forgiven(answer):
         '[{"activates_on": ["trees"], "strength": 4}]',
         '[{"activates_on": "%s", "strength": 4}]' % ("trees " * 100),
         '[{"activates_on": "trees", "strength": 4}, {"activates_on": "lea',
+        '{"rules": []}',
+        '{"rules": {"activates_on": "trees", "strength": 4}}',
+        '{"activates_on": "trees", "strength": 4}',
+        '[{"activates_on": "\\ud800", "strength": 4}]',
+        '[{"activates_on": "trees", "strength": 1%s}]' % ("0" * 400),
+        '[{"activates_on": "trees", "strength": 1%s}]' % ("0" * 5000),
+        '[{"a": ' * 5000,
+        "[" * 20000,
     ],
 )
 def test_meaning_is_not_guessed(answer):
     with pytest.raises(ParseError):
         parse_structured(answer, 5)
+
+
+@pytest.mark.parametrize(
+    ("answer", "valid"),
+    [
+        ({"rules": [{"activates_on": "a", "strength": 0}]}, True),
+        ({"rules": [{"activates_on": "a", "strength": 5}] * 3}, False),
+        ({"rules": []}, False),
+        ({"rules": [{"activates_on": "a", "strength": 6}]}, False),
+        ({"rules": [{"activates_on": "a", "strength": 2.5}]}, False),
+        ({"rules": [{"activates_on": "a"}]}, False),
+        ([{"activates_on": "a", "strength": 5}], False),
+    ],
+)
+def test_the_schema_admits_what_parses(answer, valid):
+    schema = rules_schema(2)
+    jsonschema.Draft202012Validator.check_schema(schema)
+    assert jsonschema.Draft202012Validator(schema).is_valid(answer) == valid
+    if valid:
+        assert parse_structured(json.dumps(answer), 2)
 
 
 def test_strengths_are_clamped_and_rules_capped():

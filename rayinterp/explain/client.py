@@ -1,11 +1,15 @@
 """One LLM call: what is asked, what comes back, and the clients that make it.
 
-Endpoints are spoken to through the openai package, which also retries connection errors, rate limits and 5xx answers,
-and nothing else. Answers pass through `Ledger`, the disk cache and the bill in one: the same request is paid for once.
+    Ledger (answers and bill on disk) -> limited (calls at once, calls a minute) -> openai_client (retries) -> endpoint
+
+Endpoints are spoken to through the openai package, which also retries connection errors, timeouts, rate limits and 5xx
+answers, and nothing else: twice the pause each time, or what `Retry-After` says. What the body holds is read here: an
+endpoint may send anything, and all that comes of it is an `LLMReply` or an `LLMError`.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import os
@@ -14,11 +18,20 @@ from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple, Protocol
 
 import openai
-from pydantic import SecretStr
+from aiolimiter import AsyncLimiter
+from pydantic import BaseModel, Field, SecretStr, ValidationError
 
-from rayinterp.config import LLMConfig
+from rayinterp.config import AnswerFormat, LLMConfig
 from rayinterp.errors import UserError
+from rayinterp.explanation import rules_schema
 from rayinterp.prompts import Message
+
+MAX_ANSWER_CHARACTERS = 20_000
+"""What is kept of an answer. The longest explanation has about 6,000; an endpoint gone wrong sends megabytes."""
+MAX_QUOTED_CHARACTERS = 200
+"""What an error quotes of a body that is no answer."""
+LONGEST_PAUSE_SECONDS = 120
+"""The longest Retry-After that the openai package waits for."""
 
 
 class LLMRequest(NamedTuple):
@@ -34,11 +47,15 @@ class LLMRequest(NamedTuple):
     prefill: str = ""
     """Beginning of the answer, for models that we run ourselves; endpoints take none."""
     list_cap: int = 0
-    """Likewise: the answer is a JSON list, ended after this many objects; 0 leaves the end to the model."""
+    """Where the form of the answer is enforced, the rules that it may have; 0 leaves the form to the model."""
+    answer_format: AnswerFormat = "text"
+    """How an endpoint is told the form."""
 
     @property
     def hash(self) -> str:
-        content = json.dumps(self._asdict(), sort_keys=True)
+        # Answers of before there was a choice are found again.
+        later = () if self.answer_format != "text" else ("answer_format",)
+        content = json.dumps({k: v for k, v in self._asdict().items() if k not in later}, sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
@@ -69,26 +86,50 @@ class Generate(Protocol):
 
 
 def endpoint_of(config: LLMConfig) -> str:
-    """Names the answerer in requests: URLs without their query, which may hold secrets."""
+    """Names the answerer in requests."""
     if config.provider == "scripted":
         answers = json.dumps(config.answers, sort_keys=True)
         return f"scripted:{hashlib.sha256(answers.encode()).hexdigest()[:8]}"
-    return "local" if config.provider == "local" else (config.base_url or "openai").partition("?")[0]
+    return "local" if config.provider == "local" else config.base_url or "openai"
 
 
 def api_key(config: LLMConfig) -> SecretStr:
     """The key from the environment, in a wrapper that prints as stars.
 
     Raises:
-        UserError: the variable is not set.
+        UserError: the variable is not set, or holds what no HTTP header may.
     """
-    key = os.environ.get(config.api_key_env)
+    key = os.environ.get(config.api_key_env, "").strip()
     if not key:
         raise UserError(
             f"environment variable {config.api_key_env} (llms.*.api_key_env) is not set; export the key of "
             f"{config.base_url or 'the OpenAI API'}, or name another variable"
         )
+    # Found here, since libraries quote the header that they refuse.
+    if not (key.isascii() and key.isprintable() and " " not in key):
+        raise UserError(f"environment variable {config.api_key_env} holds white space or characters that no key has")
     return SecretStr(key)
+
+
+class _Message(BaseModel):
+    content: str | None = None
+
+
+class _Choice(BaseModel):
+    message: _Message
+    finish_reason: str | None = None
+
+
+class _Usage(BaseModel):
+    prompt_tokens: int = Field(0, ge=0)
+    completion_tokens: int = Field(0, ge=0)
+
+
+class _Answer(BaseModel):
+    """What is read of an endpoint's answer."""
+
+    choices: list[_Choice]
+    usage: _Usage | None = None
 
 
 def openai_client(config: LLMConfig, key: SecretStr) -> Generate:
@@ -99,31 +140,91 @@ def openai_client(config: LLMConfig, key: SecretStr) -> Generate:
         timeout=config.timeout_seconds,
         max_retries=config.max_retries,
     )
+    # The package's timeout is between bytes: an endpoint that sends a blank now and then would never meet it.
+    deadline = (config.max_retries + 1) * (config.timeout_seconds + LONGEST_PAUSE_SECONDS)
 
     async def generate(request: LLMRequest, feature_key: str) -> LLMReply:
         try:
-            answer = await client.chat.completions.create(
-                model=request.model,
-                messages=list(request.messages),  # type: ignore[arg-type]
-                temperature=request.temperature,
-                max_tokens=request.max_tokens,
-                seed=request.seed,
-            )
+            async with asyncio.timeout(deadline):
+                answer = await client.chat.completions.with_raw_response.create(
+                    model=request.model,
+                    messages=list(request.messages),  # type: ignore[arg-type]
+                    temperature=request.temperature,
+                    max_tokens=request.max_tokens,
+                    seed=request.seed,
+                    **_form(request),
+                )
+        except TimeoutError:
+            failure = LLMError(f"no answer within {deadline:g} s from {request.model}", True)
         except openai.OpenAIError as error:
-            # The error's own text may quote headers or the URL.
-            status = getattr(error, "status_code", None)
-            raise LLMError(f"{type(error).__name__}{f' {status}' if status else ''} from {request.model}") from None
-        if not answer.choices:  # some endpoints send an error as a success without any
-            raise LLMError(f"an answer without choices from {request.model}")
-        choice, usage = answer.choices[0], answer.usage
-        return LLMReply(
-            choice.message.content or "",
-            choice.finish_reason,
-            usage.prompt_tokens if usage else 0,
-            usage.completion_tokens if usage else 0,
-        )
+            # The error's own text may quote headers or the URL, so it is neither shown nor kept as a context.
+            failure = _failure(error, request.model)
+        else:
+            return read_body(answer.text, request.model, key)
+        raise failure
 
     return generate
+
+
+def _form(request: LLMRequest) -> Any:
+    """The form of the answer, as endpoints are told it."""
+    if not request.list_cap or request.answer_format == "text":
+        return {}
+    form: dict[str, Any] = {"type": request.answer_format}
+    if request.answer_format == "json_schema":
+        form["json_schema"] = {"name": "rules", "strict": True, "schema": rules_schema(request.list_cap)}
+    return {"response_format": form}
+
+
+def _failure(error: openai.OpenAIError, model: str) -> LLMError:
+    """What the package gave up on, by name and status."""
+    status = getattr(error, "status_code", None)
+    transient = isinstance(error, openai.APIConnectionError) or (status or 0) >= 500 or status in (408, 409, 429)
+    if getattr(error, "code", None) == "insufficient_quota":  # said as a rate limit, but the account is empty
+        transient = False
+    return LLMError(f"{type(error).__name__}{f' {status}' if status else ''} from {model}", transient)
+
+
+def read_body(body: str, model: str, key: SecretStr) -> LLMReply:
+    """The reply in an endpoint's success.
+
+    Raises:
+        LLMError: the body is no answer, as proxies and overloaded servers send them; its beginning is quoted.
+    """
+    quoted = body.replace(key.get_secret_value(), str(key))[:MAX_QUOTED_CHARACTERS]
+    try:
+        answer = _Answer.model_validate_json(body)
+    except ValidationError:
+        answer = None
+    if answer is None:
+        raise LLMError(f"a malformed answer from {model}: {quoted!r}", True)
+    if not answer.choices:  # some endpoints send an error as a success without any
+        raise LLMError(f"an answer without choices from {model}: {quoted!r}", True)
+    choice, usage = answer.choices[0], answer.usage or _Usage()
+    text, finish_reason = choice.message.content or "", choice.finish_reason or ""
+    if finish_reason == "error":
+        raise LLMError(f"an answer that broke off from {model}: {quoted!r}", True)
+    if len(text) > MAX_ANSWER_CHARACTERS:
+        text, finish_reason = text[:MAX_ANSWER_CHARACTERS], "length"
+    return LLMReply(text, finish_reason, usage.prompt_tokens, usage.completion_tokens)
+
+
+def limited(generate: Generate, num_slots: int, requests_per_minute: float | None = None) -> Generate:
+    """The same client with at most so many calls under way, begun at even distances.
+
+    Retries are the client's own and are not counted again; they wait longer each time.
+    """
+    slots = asyncio.Semaphore(num_slots)
+    # A bucket that holds one call: no burst at the start of a minute.
+    rate = AsyncLimiter(1, 60 / requests_per_minute) if requests_per_minute else None
+
+    async def waiting(request: LLMRequest, feature_key: str) -> LLMReply:
+        async with slots:
+            if rate is not None:
+                await rate.acquire()
+            return await generate(request, feature_key)
+
+    return waiting
 
 
 def scripted_client(config: LLMConfig) -> Generate:

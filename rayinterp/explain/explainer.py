@@ -6,20 +6,23 @@ explanation.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from itertools import zip_longest
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from rayinterp.config import LLMConfig, OneShotConfig
+from rayinterp.config import AnswerFormat, LLMConfig, OneShotConfig
 from rayinterp.corpus import stable_hash
 from rayinterp.explain.client import LLMError, LLMReply, LLMRequest, endpoint_of
 from rayinterp.explanation import Explanation, ParseError, parse_string, parse_structured
 from rayinterp.prompts import (
-    STRUCTURED_PREFILL,
+    AnswerForm,
     MarkedRecord,
     Message,
     TokenError,
+    answer_form,
+    as_rules_object,
     explainer_messages,
     feedback_text,
     revision_messages,
@@ -35,6 +38,12 @@ Call = Callable[[LLMRequest, str], Awaitable["tuple[LLMReply, float | None]"]]
 
 MAX_ERRORS_SHOWN = 12
 """Tokens per record in feedback: the largest errors."""
+UNFINISHED = ("length", "content_filter")
+"""Reasons for which an answer ends before its end."""
+MAX_NEEDED_SHOWN = 5
+"""Tokens per record that the feature needs."""
+MIN_FALL = 0.1
+"""Share of the largest fall that a needed token's must reach."""
 
 
 class Outcome(NamedTuple):
@@ -50,21 +59,70 @@ class Outcome(NamedTuple):
     cost_usd: float | None
 
 
-def first_messages(records: Sequence[ActivationRecord], config: OneShotConfig) -> list[Message]:
-    """The conversation's beginning: the strongest train positives."""
+def first_messages(
+    records: Sequence[ActivationRecord],
+    config: OneShotConfig,
+    holistic: Mapping[int, Float[np.ndarray, "seq"]] | None = None,
+    answer_format: AnswerFormat = "text",
+) -> list[Message]:
+    """The conversation's beginning: the strongest train positives, and silent texts if asked for.
+
+    Args:
+        holistic: Holistic activations by sequence, from `read_holistic`; shown where the config asks for them.
+        answer_format: That of the LLM.
+    """
     positives = [record for record in records if record.source == "positive"][: config.num_records_shown]
+    needed = (holistic or {}) if config.holistic else {}
     return explainer_messages(
-        [_marked(record) for record in positives], config.rule_cap, config.structured, config.few_shots
+        [_marked(record, needed.get(record.sequence.sequence_id)) for record in positives],
+        [_marked(record) for record in _silent(records, config.num_negatives_shown)],
+        _form(config, answer_format),
+        config.few_shots,
+        bool(needed),
     )
 
 
-def _marked(record: ActivationRecord) -> MarkedRecord:
-    return MarkedRecord(record.sequence.tokens, tuple(displayed(record.activations)))
+def _silent(records: Sequence[ActivationRecord], count: int) -> list[ActivationRecord]:
+    """Complementary records without any activation: the first of each source, then the second of each."""
+    by_source: dict[str, list[ActivationRecord]] = {}
+    for record in records:
+        if record.source != "positive" and not record.activations.any():
+            by_source.setdefault(record.source, []).append(record)
+    rounds = zip_longest(*by_source.values())
+    return [record for of_round in rounds for record in of_round if record is not None][:count]
 
 
-def continue_messages(messages: list[Message], answer: str, feedback: str, config: OneShotConfig) -> list[Message]:
-    """The conversation with one more answer and what became of it."""
-    return [*messages, *revision_messages(answer, feedback, config.structured)]
+def _form(config: OneShotConfig, answer_format: AnswerFormat) -> AnswerForm:
+    return answer_form(config.rule_cap, config.structured, answer_format != "text")
+
+
+def _marked(record: ActivationRecord, holistic: Float[np.ndarray, "seq"] | None = None) -> MarkedRecord:
+    return MarkedRecord(record.sequence.tokens, tuple(displayed(record.activations)), _needed(record, holistic))
+
+
+def _needed(record: ActivationRecord, holistic: Float[np.ndarray, "seq"] | None) -> tuple[str, ...]:
+    """Tokens whose removal lowers the mean activation most, in that order; small falls are left out as noise."""
+    if holistic is None or holistic.max() <= 0:
+        return ()
+    order = np.argsort(-holistic, kind="stable")[:MAX_NEEDED_SHOWN]
+    return tuple(record.sequence.tokens[i] for i in order if holistic[i] >= MIN_FALL * holistic.max())
+
+
+def continue_messages(
+    messages: list[Message],
+    answer: str,
+    feedback: str,
+    config: OneShotConfig,
+    answer_format: AnswerFormat = "text",
+) -> list[Message]:
+    """The conversation with one more answer and what became of it.
+
+    Args:
+        answer: A JSON list of rules, put into the object that the LLM would have written, or a sentence.
+    """
+    if config.structured and answer_format != "text":
+        answer = as_rules_object(answer)
+    return [*messages, *revision_messages(answer, feedback, _form(config, answer_format))]
 
 
 async def ask(
@@ -76,8 +134,8 @@ async def ask(
         seed: Names the node; equal names with equal messages are the same request, so its answer is shared.
     """
     outcome = Outcome(None, "llm_error", None, 0, 0, None)
-    # A small model writes the same rule for ever; in a frame it fills in the rules and no more.
-    framed = llm.provider == "local" and config.structured
+    # A small model writes the same rule for ever; an endpoint is told the form if the config says so.
+    enforced = config.structured and (llm.provider == "local" or llm.answer_format != "text")
     for attempt in range(config.max_parse_retries + 1):
         request = LLMRequest(
             endpoint_of(llm),
@@ -86,8 +144,8 @@ async def ask(
             config.temperature,
             config.max_tokens,
             stable_hash(f"{seed}/{attempt}") % 2**31,
-            STRUCTURED_PREFILL if framed else "",
-            config.rule_cap if framed else 0,
+            list_cap=config.rule_cap if enforced else 0,
+            answer_format=llm.answer_format if enforced else "text",
         )
         try:
             reply, cost = await call(request, feature_key)
@@ -112,11 +170,11 @@ def read_answer(reply: LLMReply, config: OneShotConfig) -> tuple[Explanation | N
     try:
         if config.structured:
             return parse_structured(reply.text, config.rule_cap), "ok"
-        if reply.finish_reason == "length":
+        if reply.finish_reason in UNFINISHED:
             return None, "cut_off"
         return parse_string(reply.text), "ok"
     except ParseError:
-        return None, "cut_off" if reply.finish_reason == "length" else "parse_error"
+        return None, "cut_off" if reply.finish_reason in UNFINISHED else "parse_error"
 
 
 def feedback(

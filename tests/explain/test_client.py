@@ -20,7 +20,7 @@ class Endpoint(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         self.server.bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
         status = self.server.statuses.pop(0) if self.server.statuses else 200
-        body = {"error": {"message": f"no, {SECRET}"}}
+        body = {"error": {"message": f"no, {SECRET}", "code": getattr(self.server, "code", None)}}
         if status == 200:
             message = {"role": "assistant", "content": "hi"}
             usage = {"prompt_tokens": 3, "completion_tokens": 1, "total_tokens": 4}
@@ -77,7 +77,7 @@ async def test_other_faults_are_not_retried_and_show_no_secret(endpoint):
     with pytest.raises(LLMError) as error:
         await openai_client(endpoint.config, SecretStr(SECRET))(REQUEST, "a/1")
     assert len(endpoint.bodies) == 1
-    assert "AuthenticationError 401" in str(error.value)
+    assert "AuthenticationError 401" in str(error.value) and not error.value.transient
     assert SECRET not in str(error.value)
     assert error.value.__cause__ is None
 
@@ -99,6 +99,22 @@ def test_a_missing_key_is_named_before_anything_starts(monkeypatch):
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)
     with pytest.raises(UserError, match="NO_SUCH_KEY"):
         api_key(LLMConfig(provider="openai", model="m", api_key_env="NO_SUCH_KEY"))
+
+
+@pytest.mark.parametrize("key", ["two words", "Schl\u00fcssel", "a\nb"])
+def test_a_key_that_no_header_may_hold_is_refused_without_being_shown(key, monkeypatch):
+    monkeypatch.setenv("TEST_KEY", key)
+    with pytest.raises(UserError, match="TEST_KEY") as error:
+        api_key(LLMConfig(provider="openai", model="m", api_key_env="TEST_KEY"))
+    assert key not in str(error.value)
+
+
+async def test_an_account_without_money_is_no_passing_fault(endpoint):
+    endpoint.statuses += [429]
+    endpoint.code = "insufficient_quota"
+    with pytest.raises(LLMError) as error:
+        await openai_client(endpoint.config.model_copy(update={"max_retries": 0}), SecretStr(SECRET))(REQUEST, "a/1")
+    assert not error.value.transient
 
 
 @pytest.mark.parametrize("field", LLMRequest._fields)
@@ -143,5 +159,8 @@ def test_no_price_is_no_cost_not_zero():
 def test_endpoints_with_the_same_model_name_are_told_apart():
     one, two = (LLMConfig(provider="scripted", model="m", answers={"a/1": answer}) for answer in "xy")
     assert endpoint_of(one) != endpoint_of(two)
-    with_query = LLMConfig(provider="openai", model="m", base_url="https://host/v1?key=secret")
-    assert endpoint_of(with_query) == "https://host/v1"
+    assert endpoint_of(LLMConfig(provider="openai", model="m", base_url="https://host/v1")) == "https://host/v1"
+
+
+def test_the_hash_of_a_request_without_a_format_is_that_of_before_there_were_formats():
+    assert REQUEST.hash == "8d41d9ab72e3d44cf7ac4d7daa03a6a3"

@@ -1,11 +1,13 @@
+import json
+
 import numpy as np
 import pytest
 
 from rayinterp.config import LLMConfig, OneShotConfig
 from rayinterp.explain.client import LLMError, LLMReply
 from rayinterp.explain.explainer import ask, continue_messages, feedback, first_messages
-from rayinterp.explanation import Rule
-from rayinterp.prompts import STRUCTURED_PREFILL
+from rayinterp.explanation import Rule, parse_structured
+from rayinterp.prompts import answer_form
 from rayinterp.records import ActivationRecord
 from rayinterp.simulate.simulator import TokenSequence
 
@@ -14,9 +16,11 @@ LLM = LLMConfig(provider="openai", model="m")
 GOOD = '[{"activates_on": "trees", "strength": 5}]'
 
 
-def record(text, activations, source="positive"):
+def record(text, activations, source="positive", sequence_id=0):
     tokens = tuple(" " + word for word in text.split())
-    return ActivationRecord(TokenSequence(0, tokens), 0, source, tuple(range(len(tokens))), np.array(activations))
+    return ActivationRecord(
+        TokenSequence(sequence_id, tokens), 0, source, tuple(range(len(tokens))), np.array(activations)
+    )
 
 
 def scripted(*answers):
@@ -71,9 +75,24 @@ async def test_a_failed_call_is_a_status():
     assert (outcome.explanation, outcome.status, outcome.thought) == (None, "llm_error", "APITimeoutError from m")
 
 
-async def test_our_own_models_are_given_the_beginning_of_the_answer():
-    _, requests = await asked(GOOD, llm=LLMConfig(provider="local", model="m"))
-    assert (requests[0].prefill, requests[0].list_cap) == (STRUCTURED_PREFILL, ARM.rule_cap)
+@pytest.mark.parametrize(
+    ("llm", "structured", "list_cap", "answer_format"),
+    [
+        (LLMConfig(provider="local", model="m"), True, ARM.rule_cap, "text"),
+        (LLMConfig(provider="local", model="m"), False, 0, "text"),
+        (LLM.model_copy(update={"answer_format": "json_schema"}), True, ARM.rule_cap, "json_schema"),
+        (LLM.model_copy(update={"answer_format": "json_schema"}), False, 0, "text"),
+    ],
+)
+async def test_the_form_is_enforced_where_it_can_be(llm, structured, list_cap, answer_format):
+    _, requests = await asked(*[GOOD] * 3, llm=llm, arm=ARM.model_copy(update={"structured": structured}))
+    assert (requests[0].list_cap, requests[0].answer_format) == (list_cap, answer_format)
+
+
+async def test_a_text_that_a_filter_ended_is_no_sentence():
+    text_arm = ARM.model_copy(update={"structured": False, "max_parse_retries": 0})
+    outcome, _ = await asked(LLMReply("names of", "content_filter", 1, 1), arm=text_arm)
+    assert (outcome.explanation, outcome.status) == (None, "cut_off")
 
 
 def test_the_prompt_shows_train_positives_only_with_their_strengths():
@@ -90,12 +109,70 @@ def test_the_prompt_shows_train_positives_only_with_their_strengths():
     assert "one too many" not in shown and "nothing fires" not in shown
 
 
-def test_the_two_forms_of_answer_differ_in_the_form_alone():
-    records = [record("the old oak fell", [0, 0, 5, 0])]
-    structured, string = (first_messages(records, ARM.model_copy(update={"structured": s})) for s in (True, False))
-    assert structured[-1] == string[-1]
-    assert structured[0]["content"].splitlines()[0] == string[0]["content"].splitlines()[0]
-    assert "JSON" in structured[0]["content"] and "JSON" not in string[0]["content"]
+RECORDS = [
+    record("the old oak fell", [0, 0, 5, 0], sequence_id=1),
+    record("a birch grew", [0, 4.4, 0], sequence_id=2),
+    record("my oak table", [0, 0.1, 0], "similar", sequence_id=3),
+    record("the branch was closed", [0, 0, 0, 0], "similar", sequence_id=4),
+    record("a row of lamps", [0, 0, 0, 0], "random_negative", sequence_id=5),
+    record("one too many", [0, 0, 0], "similar", sequence_id=6),
+]
+HOLISTIC = {1: np.array([0.01, 0.6, 2.0, -1.0]), 2: np.array([-0.1, 0.0, -0.1])}
+
+
+@pytest.mark.parametrize("few_shots", [True, False])
+@pytest.mark.parametrize("num_negatives_shown", [0, 2])
+@pytest.mark.parametrize("holistic", [True, False])
+@pytest.mark.parametrize("answer_format", ["text", "json_object", "json_schema"])
+def test_the_forms_of_answer_differ_in_the_form_alone(few_shots, num_negatives_shown, holistic, answer_format):
+    arm = ARM.model_copy(
+        update={"few_shots": few_shots, "num_negatives_shown": num_negatives_shown, "holistic": holistic}
+    )
+    written = []
+    for structured, as_object in ((True, answer_format != "text"), (False, False)):
+        of_form = arm.model_copy(update={"structured": structured})
+        messages = first_messages(RECORDS, of_form, HOLISTIC, answer_format)
+        messages = continue_messages(messages, "", "worse", of_form, answer_format)
+        form = answer_form(arm.rule_cap, structured, as_object)
+        assert ("JSON" in form.asked + form.asked_again) == structured
+        text = "\n".join(m["content"] for m in messages if m["content"] not in (form.example, "", '{"rules": }'))
+        written.append(text.replace(form.asked, "FORM").replace(form.asked_again, "FORM"))
+        assert any(m["content"] == form.example for m in messages) == few_shots
+    assert written[0] == written[1] and written[0].count("FORM") == 2
+
+
+def test_an_object_is_described_shown_and_continued_as_one():
+    messages = first_messages(RECORDS, ARM, answer_format="json_schema")
+    messages = continue_messages(messages, GOOD, "worse", ARM, "json_schema")
+    assert 'JSON object {"rules": [...]}' in messages[0]["content"]
+    for answer in (messages[1], messages[3]):
+        assert parse_structured(answer["content"], 5) and json.loads(answer["content"])["rules"]
+    assert "JSON object" in messages[-1]["content"]
+
+
+def test_silent_texts_are_shown_source_by_source_and_never_a_text_that_fires():
+    (only,) = first_messages(RECORDS, ARM.model_copy(update={"few_shots": False, "num_negatives_shown": 2}))
+    shown = only["content"].splitlines()[-2:]
+    assert shown == ["Silent text 1: the branch was closed", "Silent text 2: a row of lamps"]
+    assert "oak table" not in only["content"]
+    assert "silent" not in first_messages(RECORDS[:3], ARM.model_copy(update={"num_negatives_shown": 2}))[-1]["content"]
+
+
+def test_tokens_that_the_feature_needs_are_shown_by_their_effect():
+    arm = ARM.model_copy(update={"few_shots": False, "holistic": True})
+    lines = first_messages(RECORDS, arm, HOLISTIC)[-1]["content"].splitlines()
+    assert [line for line in lines if line.startswith("Fires less")] == ['Fires less without: "oak", "old"']
+    for unasked in (first_messages(RECORDS, arm), first_messages(RECORDS, ARM, HOLISTIC)):
+        assert "less" not in "".join(m["content"] for m in unasked)
+
+
+@pytest.mark.parametrize("num_negatives_shown", [0, 1])
+@pytest.mark.parametrize("holistic", [True, False])
+def test_the_worked_example_has_the_parts_that_the_question_has(num_negatives_shown, holistic):
+    arm = ARM.model_copy(update={"num_negatives_shown": num_negatives_shown, "holistic": holistic})
+    worked, _, asked_for = (m["content"] for m in first_messages(RECORDS, arm, HOLISTIC))
+    for part, shown in (("\nSilent text 1", num_negatives_shown > 0), ("\nFires less without", holistic)):
+        assert (part in worked) == (part in asked_for) == shown
 
 
 def test_the_worked_example_can_be_left_out():

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
 
 from rayinterp.config import (
     FalsifierConfig,
@@ -32,6 +34,9 @@ from rayinterp.records import ActivationRecord
 from rayinterp.simulate.simulator import SimulateAsync
 from rayinterp.sources import generator_for
 from rayinterp.subject import FeatureId
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 Arm = LexicalConfig | OneShotConfig | TreeConfig
 Propose = Callable[[TreeSearch, Node], Awaitable[Outcome]]
@@ -185,10 +190,16 @@ def llm_proposer(
     arm: OneShotConfig,
     feature: FeatureId,
     records: Sequence[ActivationRecord],
+    holistic: Mapping[int, Float[np.ndarray, "seq"]],
     run_seed: int,
 ) -> Propose:
-    """Asks an LLM for roots and revisions of one feature's explanation."""
-    begin = explainer.first_messages(records, arm)
+    """Asks an LLM for roots and revisions of one feature's explanation.
+
+    Args:
+        records: Of train.
+        holistic: Holistic activations of them, by sequence.
+    """
+    begin = explainer.first_messages(records, arm, holistic, llm.answer_format)
 
     async def propose(search: TreeSearch, node: Node) -> Outcome:
         messages, root = begin, [n.node for n in search.nodes if n.kind == "llm"]
@@ -197,7 +208,7 @@ def llm_proposer(
         for ancestor in search.path(node.node)[:-1]:
             assert ancestor.explanation is not None and ancestor.feedback is not None
             answer = _as_answer(ancestor.explanation, arm.structured)
-            messages = explainer.continue_messages(messages, answer, ancestor.feedback, arm)
+            messages = explainer.continue_messages(messages, answer, ancestor.feedback, arm, llm.answer_format)
         seed = f"{run_seed}/{feature}/{name}"
         return await explainer.ask(call, llm, messages, arm, seed, str(feature))
 

@@ -40,6 +40,7 @@ from rayinterp.explain.client import (
     LLMReply,
     LLMRequest,
     api_key,
+    limited,
     openai_client,
     price,
     scripted_client,
@@ -49,6 +50,7 @@ from rayinterp.explain.local import served_client
 from rayinterp.explain.search import Node, TreeSearch
 from rayinterp.explain.status import Account, Spent, Status
 from rayinterp.explanation import Explanation, to_json
+from rayinterp.holistic import read_holistic
 from rayinterp.progress import Progress, silent
 from rayinterp.records import ActivationRecord, load_records
 from rayinterp.retrieve import SharedRetriever, SilentRequest
@@ -153,7 +155,7 @@ class SearchActor:
             propose = None
             if isinstance(arm, OneShotConfig):
                 ledgers[arm.llm] = ledgers.get(arm.llm) or await self._ledger(arm.llm, feature)
-                propose = self._proposer(arm, ledgers[arm.llm], feature, records, tolerant)
+                propose = await self._proposer(arm, ledgers[arm.llm], feature, records, tolerant)
             silent = self._silent(feature) if isinstance(arm, TreeConfig) and arm.falsifier else None
             one = prepare_search(arm, feature, records, simulators, propose, silent, self._config.seed)
             commit = NodeCommitter(feature, ids, self._commit_nodes)
@@ -179,7 +181,7 @@ class SearchActor:
 
         return counted
 
-    def _proposer(
+    async def _proposer(
         self, arm: OneShotConfig, ledger: Ledger, feature: FeatureId, records: dict[str, Any], tolerant: bool
     ) -> Propose:
         async def call(request: LLMRequest, feature_key: str) -> tuple[LLMReply, float | None]:
@@ -192,7 +194,8 @@ class SearchActor:
                 raise CallFailedError(str(error), error.transient) from None
 
         llm = self._config.llms[arm.llm]
-        return llm_proposer(call, llm, arm, feature, records["train"], self._config.seed)
+        holistic = await asyncio.to_thread(read_holistic, self._tables, feature) if arm.holistic else {}
+        return llm_proposer(call, llm, arm, feature, records["train"], holistic, self._config.seed)
 
     async def _ledger(self, llm: str, feature: FeatureId) -> Ledger:
         rows = await asyncio.to_thread(self._tables.read, "llm_calls", None, f"feature_key = '{feature}'")
@@ -346,14 +349,16 @@ def llms_used(config: RunConfig) -> set[str]:
 
 
 def make_client(name: str, config: RunConfig, key: SecretStr | None) -> Generate:
-    """The client of one LLM arm; `key` where it has an endpoint."""
+    """The client of one LLM arm in one of the search actors, which share its limits; `key` where it has an endpoint."""
     llm = config.llms[name]
     if llm.provider == "local":
         return served_client(service_name("llm", name, config))
     if llm.provider == "scripted":
         return scripted_client(llm)
     assert key is not None, f"no key for {name}"
-    return openai_client(llm, key)
+    actors = config.resources.search.num_actors
+    rate = llm.requests_per_minute / actors if llm.requests_per_minute else None
+    return limited(openai_client(llm, key), max(llm.max_concurrency // actors, 1), rate)
 
 
 def calls_per_feature(config: RunConfig) -> int:

@@ -8,7 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Annotated
 
 import fsspec
@@ -178,6 +178,33 @@ def run_command(config: ConfigPath, overrides: Overrides = None) -> None:
 def demo(overrides: Overrides = None) -> None:
     """Run configs/demo.yaml: a real model, SAEs and text from installed packages."""
     run_command(DEMO_CONFIG, overrides)
+
+
+@app.command()
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    params: Annotated[
+        list[str] | None,
+        typer.Option(help="parameters of a model that cannot be reached: 9.2e9, or simulators.qwen.model=4e9"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="the numbers alone, for programs")] = False,
+) -> None:
+    """Estimate what a run will cost, by stage: tokens, calls, time, GPU-hours, disk, dollars. Starts nothing."""
+    run_config = load_config(config, overrides)
+    _quiet()
+    from rayinterp.plan import assumptions, plan_run
+    from rayinterp.plan_table import plan_as_json, show_plan
+    from rayinterp.sizes import measure, parse_params
+
+    given = parse_params(params or [])
+    with nullcontext() if as_json else console.status("looking up how large the models are"):
+        sizes = measure(run_config, given)
+    planned, said = plan_run(run_config, sizes), assumptions(run_config, sizes)
+    if as_json:
+        typer.echo(plan_as_json(run_config, planned, said))
+    else:
+        show_plan(run_config, planned, said, console)
 
 
 @app.command()

@@ -3,7 +3,7 @@
 The sections `seed` and `subject` to `records` are *upstream*: every explainer and simulator shares the tables that
 they give, so they are fixed once a run directory holds tables (`freeze`). Explainers, simulators and LLMs are named
 arms; `arm_id` names an arm in the tables by its name and a hash of its content. `resources` says how a stage is
-spread over machines and never changes what it computes.
+spread over machines, `budget` what it may spend; neither changes what it computes.
 """
 
 from __future__ import annotations
@@ -520,6 +520,24 @@ class ResourcesConfig(_Section):
     """Features that one search actor works on at the same time."""
     max_outage_seconds: float = Field(default=600, ge=0)
     """An LLM endpoint may fail on everything for so long before the explain stage gives up."""
+    gpu_tflops: float = Field(default=312, gt=0)
+    """Peak bf16 TFLOP/s of one GPU, dense, for `rayinterp plan`; by default that of an A100."""
+
+
+class BudgetConfig(_Section):
+    """What a run may spend, over all of its resumptions; raise it and run again to go on.
+
+    Stages up to records stop with what is finished kept, explain begins no further feature, score and report are
+    never withheld."""
+
+    max_usd: float | None = Field(default=None, ge=0)
+    """Dollars: LLM calls by their price, and GPU-hours where `usd_per_gpu_hour` is given."""
+    max_gpu_hours: float | None = Field(default=None, ge=0)
+    """GPUs held, busy or not, times hours."""
+    max_hours: float | None = Field(default=None, ge=0)
+    """Hours on the clock."""
+    usd_per_gpu_hour: float | None = Field(default=None, ge=0)
+    """Price of a GPU-hour; without it GPUs cost no dollars."""
 
 
 class RunConfig(_Section):
@@ -544,6 +562,7 @@ class RunConfig(_Section):
     """Explainer arms by name."""
     score: ScoreConfig
     resources: ResourcesConfig = ResourcesConfig()
+    budget: BudgetConfig = BudgetConfig()
 
     @model_validator(mode="after")
     def _arms_exist(self) -> RunConfig:
@@ -574,6 +593,19 @@ class RunConfig(_Section):
                     f"explainers.{name}.num_negatives_shown is {explainer.num_negatives_shown}, but train has no "
                     "complementary records; raise records.train.complementary and name sources in "
                     "records.complementary"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _dollars_can_be_counted(self) -> RunConfig:
+        used = {arm.llm for arm in self.explainers.values() if isinstance(arm, OneShotConfig)}
+        for name in sorted(used & self.llms.keys()) if self.budget.max_usd is not None else []:
+            llm = self.llms[name]
+            prices = (llm.usd_per_million_prompt_tokens, llm.usd_per_million_completion_tokens)
+            if llm.provider == "openai" and None in prices:
+                raise ValueError(
+                    f"budget.max_usd is {self.budget.max_usd:g}, but what llms.{name} costs is not known; set "
+                    f"llms.{name}.usd_per_million_prompt_tokens and usd_per_million_completion_tokens"
                 )
         return self
 

@@ -5,7 +5,6 @@ Also settles what the run needs to know about the subject: which SAEs and which 
 
 from __future__ import annotations
 
-import copy
 import difflib
 import importlib.util
 import uuid
@@ -31,7 +30,8 @@ from rayinterp.harvest import choose_features, sae_sources
 from rayinterp.hook_points import check_module, parse_hook_point
 from rayinterp.index import embedder_path
 from rayinterp.saes import SaeCard, SaeSource, read_card
-from rayinterp.subject import bos_token, cut_layers
+from rayinterp.sizes import model_outline
+from rayinterp.subject import bos_token
 
 
 class Prepared(NamedTuple):
@@ -208,16 +208,6 @@ def check_sae(source: SaeSource, subject: Any) -> SaeCard:
             f"{text.hidden_size}; subject.model and subject.saes do not belong together"
         )
     return card
-
-
-def model_outline(config: Any, num_layers: int) -> Any:
-    """The subject's decoder without weights, as far as it will run: made in a moment, whatever its size."""
-    import torch
-    from transformers import AutoModel
-
-    with torch.device("meta"):
-        model = AutoModel.from_config(cut_layers(copy.deepcopy(config), num_layers))
-    return getattr(model, "language_model", model)
 
 
 def _check_release(release: str, sae_id: str) -> None:

@@ -1,6 +1,6 @@
-"""The report of a run: one HTML file that stands on its own, written from the tables alone.
+"""The report of a run: one HTML file that stands on its own, written from the tables and the manifest alone.
 
-    tables -> read_run -> Summary, IndexRow, Panel (plot) and Cards -> report.html.j2 -> report.html
+    tables -> read_run -> Summary, IndexRow, Panel (plot), CostRow and Cards -> report.html.j2 -> report.html
 
 The template asks for no network: style, script and plots are inline. Cards are rendered one at a time into the file.
 """
@@ -19,6 +19,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from rayinterp.config import RunConfig
 from rayinterp.errors import UserError
 from rayinterp.explanation import from_json, render
+from rayinterp.plan_table import dollars, duration, gpu_hours
 from rayinterp.report_cards import Cards, natural_key, read_run, visible
 from rayinterp.report_data import (
     CONTROLS,
@@ -37,6 +38,7 @@ from rayinterp.report_data import (
     arm_summaries,
     cascade_summaries,
     comparisons,
+    cost_rows,
     number,
     order_of,
     reason,
@@ -45,6 +47,7 @@ from rayinterp.report_data import (
 )
 from rayinterp.score import Interval
 from rayinterp.tables import Tables
+from rayinterp.usage import read_manifest, usage_of
 
 REPORT = "report.html"
 MAX_STRIP_TOKENS = 1_500_000
@@ -146,6 +149,7 @@ def write_report(tables: Tables, config: RunConfig) -> str:
     data["llm_calls"] = tables.read("llm_calls", ["model", "prompt_tokens", "completion_tokens", "cost_usd"])
     data["simulations"] = tables.read("simulations", ["simulator"])
 
+    manifest = read_manifest(tables.root)
     book = score_book(data["scores"])
     summary = summarise(data, book, config)
     page = _environment(summary.order).get_template("report.html.j2")
@@ -154,6 +158,7 @@ def write_report(tables: Tables, config: RunConfig) -> str:
         num_sequences=tables.count("sequences"),
         summary=summary,
         pairs=pair_table(summary.comparisons),
+        costs=cost_rows(manifest.get("estimate", {}), usage_of(manifest), data["llm_calls"], config),
         panels=panels(summary.arms),
         index=index_rows(data, book, summary.order),
         cards=Cards(data, book, summary.order, max_records, max_text),
@@ -330,7 +335,10 @@ def _environment(order: Order) -> Environment:
     labels = arm_labels(order.explainers) | arm_labels(order.simulators)
     environment.filters |= {
         "arm": lambda arm: labels.get(arm, arm.replace("_", " ")),
+        "dollars": dollars,
+        "duration": duration,
         "fixed": fixed,
+        "gpu_hours": gpu_hours,
         "interval": interval,
         "reason": reason,
         "visible": visible,

@@ -21,6 +21,7 @@ from scipy.stats import spearmanr
 
 from rayinterp.config import RunConfig
 from rayinterp.score import Interval, mean_interval
+from rayinterp.usage import Spent
 
 SCORER = "correlation"
 """The scorer of every table that does not name another."""
@@ -159,6 +160,59 @@ class CascadeSummary(NamedTuple):
     """Candidates that the arm's own simulator was given."""
     rank_correlation: Interval
     """Spearman's, over a feature's candidates that both scored, of features where none was pruned; their mean."""
+
+
+class Cost(NamedTuple):
+    """What a stage takes; None is not known, or not recorded."""
+
+    seconds: float | None = None
+    gpu_hours: float | None = None
+    usd: float | None = None
+    llm_calls: float | None = None
+
+
+class CostRow(NamedTuple):
+    """A stage, or the total of those that have both."""
+
+    stage: str
+    estimate: Cost
+    actual: Cost
+
+
+COST_STAGES = ("corpus", "harvest", "index", "records", "explain", "score")
+
+
+def cost_rows(
+    estimate: Mapping[str, Mapping[str, float | None]],
+    usage: Mapping[str, Spent],
+    calls: pa.Table,
+    config: RunConfig,
+) -> list[CostRow]:
+    """Estimate beside what was spent, by stage, and their sums over the stages that were run.
+
+    Args:
+        estimate: By stage, as the manifest keeps it.
+        usage: Over all resumptions.
+        calls: `llm_calls`.
+    """
+    rows = []
+    for stage in COST_STAGES:
+        spent, actual = usage.get(stage), Cost()
+        if spent is not None:
+            asks = stage == "explain"
+            priced = config.budget.usd_per_gpu_hour
+            usd = spent.gpu_hours * priced if priced else 0.0
+            usd += (pc.sum(calls["cost_usd"]).as_py() or 0.0) if asks else 0.0  # pyright: ignore[reportAttributeAccessIssue]
+            unpriced = asks and calls.num_rows > 0 and calls["cost_usd"].null_count == calls.num_rows
+            unpriced = unpriced and any(llm.provider == "openai" for llm in config.llms.values())
+            actual = Cost(spent.seconds, spent.gpu_hours, None if unpriced else usd, calls.num_rows if asks else 0)
+        rows.append(CostRow(stage, Cost(**estimate.get(stage, {})), actual))
+    run = [row for row in rows if row.stage in usage]
+    return [*rows, CostRow("total", *(_sum([row[side] for row in run]) for side in (1, 2)))] if run else rows
+
+
+def _sum(costs: Sequence[Cost]) -> Cost:
+    return Cost(*(None if None in column else sum(column) for column in zip(*costs, strict=True)))
 
 
 def score_book(scores: pa.Table) -> ScoreBook:

@@ -7,7 +7,6 @@ Every stage reads from its tables what is left to do, so running again is safe a
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import platform
@@ -22,6 +21,8 @@ import fsspec
 import ray
 import yaml
 from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 
 from rayinterp.config import (
     UPSTREAM,
@@ -37,7 +38,6 @@ from rayinterp.corpus import run_corpus
 from rayinterp.errors import UserError
 from rayinterp.explain.local import deploy_llm
 from rayinterp.explain.runner import (
-    OverBudget,
     arm_ids,
     arms_left,
     live_features,
@@ -50,16 +50,22 @@ from rayinterp.grade_plan import plan_score
 from rayinterp.harvest import run_harvest
 from rayinterp.holistic import run_holistic
 from rayinterp.index import run_index
+from rayinterp.plan import by_stage, plan_run
 from rayinterp.preflight import Prepared, prepare
 from rayinterp.progress import Progress, silent
 from rayinterp.records import run_records
 from rayinterp.report import write_report
 from rayinterp.rule_negatives import add_rule_negatives
 from rayinterp.simulate.serve import deploy_simulator
+from rayinterp.sizes import measure
 from rayinterp.tables import Committer, Tables
+from rayinterp.usage import Meter, update_manifest
 
 PACKAGES = ("rayinterp", "ray", "torch", "transformers", "pylance", "lancedb", "lance-ray", "sae-lens", "pydantic")
 """Versions that the manifest keeps."""
+
+ESTIMATED = ("seconds", "gpu_hours", "usd", "llm_calls")
+"""Of the plan, what the manifest keeps of every stage."""
 
 STAGES = ("corpus", "harvest", "index", "records", "explain", "score", "report")
 
@@ -80,7 +86,7 @@ def open_run(config: RunConfig, stages: Sequence[str] = STAGES) -> Run:
     """
     prepared = prepare(config, stages)
     freeze(config)
-    write_manifest(config, {})
+    write_manifest(config, {}, estimate(config))
     return Run(config, Tables(absolute(config.run_dir)), prepared)
 
 
@@ -107,20 +113,31 @@ def freeze(config: RunConfig) -> None:
     filesystem.pipe_file(name, to_yaml(config).encode())
 
 
-def write_manifest(config: RunConfig, counts: dict[str, dict[str, int]]) -> None:
-    """Adds versions and stage counts to `manifest.json`."""
-    filesystem, name = fsspec.core.url_to_fs(_path(config, "manifest.json"))
-    manifest: dict[str, Any] = json.loads(filesystem.cat_file(name)) if filesystem.exists(name) else {"stages": {}}
-    manifest["packages"] = {package: _version(package) for package in PACKAGES}
-    manifest["python"] = platform.python_version()
-    manifest["models"] = {
-        "subject": [config.subject.model, config.subject.revision],
-        "saes": [config.subject.saes.release, config.subject.saes.sae_id],
-        "embedder": config.index.embedder,
-    }
-    manifest.setdefault("created", datetime.now(UTC).isoformat(timespec="seconds"))
-    manifest["stages"].update(counts)
-    filesystem.pipe_file(name, json.dumps(manifest, indent=2).encode())
+def estimate(config: RunConfig) -> dict[str, dict[str, float | None]]:
+    """What every stage of the whole run should take, for the report to hold against what it took."""
+    planned = by_stage(plan_run(config, measure(config)))
+    return {stage: {name: getattr(plan, name) for name in ESTIMATED} for stage, plan in planned.items()}
+
+
+def write_manifest(
+    config: RunConfig, counts: dict[str, dict[str, int]], estimated: dict[str, dict[str, float | None]] | None = None
+) -> None:
+    """Adds versions and stage counts to `manifest.json`, and the estimate of a run that begins."""
+
+    def change(manifest: dict[str, Any]) -> None:
+        manifest.setdefault("stages", {}).update(counts)
+        manifest["packages"] = {package: _version(package) for package in PACKAGES}
+        manifest["python"] = platform.python_version()
+        manifest["models"] = {
+            "subject": [config.subject.model, config.subject.revision],
+            "saes": [config.subject.saes.release, config.subject.saes.sae_id],
+            "embedder": config.index.embedder,
+        }
+        manifest.setdefault("created", datetime.now(UTC).isoformat(timespec="seconds"))
+        if estimated is not None:
+            manifest["estimate"] = estimated
+
+    update_manifest(config.run_dir, change)
 
 
 def _version(package: str) -> str | None:
@@ -200,43 +217,86 @@ def start_committer(tables: Tables) -> Any:
     return ray.remote(Committer).options(num_cpus=0, max_restarts=-1).remote(tables)
 
 
-def records(run: Run, progress: Progress) -> dict[str, int]:
+def service_gpus(config: RunConfig) -> float | None:
+    """GPUs that replicas of this run's services hold now; None where Serve does not say."""
+    resources = config.resources
+    held = {
+        service_name("simulator", name, config): resources.simulator.num_gpus
+        for name, arm in config.simulators.items()
+        if isinstance(arm, LLMSimulatorConfig)
+    }
+    held |= {
+        service_name("llm", name, config): resources.llm.num_gpus
+        for name, arm in config.llms.items()
+        if arm.provider == "local"
+    }
+    if not any(held.values()):
+        return 0.0
+    try:
+        apps = serve.status().applications
+    except (RayError, RayServeException):  # its controller may be starting, or gone
+        return None
+    return sum(
+        num_gpus * sum(count for state, count in deployment.replica_states.items() if state != "STOPPED")
+        for app, num_gpus in held.items()
+        if app in apps
+        for deployment in apps[app].deployments.values()
+    )
+
+
+def corpus(run: Run, progress: Progress, meter: Meter) -> dict[str, int]:
+    with meter.holds(run.config.resources.corpus):
+        return run_corpus(run.config, run.tables, progress)
+
+
+def harvest(run: Run, progress: Progress, meter: Meter) -> dict[str, int]:
+    with meter.holds(run.config.resources.harvest):
+        return run_harvest(run.config, run.tables, *run.prepared, progress)
+
+
+def index(run: Run, progress: Progress, meter: Meter) -> dict[str, int]:
+    with meter.holds(run.config.resources.index):
+        return run_index(run.config, run.tables, progress)
+
+
+def records(run: Run, progress: Progress, meter: Meter) -> dict[str, int]:
     counts = run_records(run.config, run.tables, *run.prepared, progress)
-    return counts | run_holistic(run.config, run.tables, *run.prepared, progress)
+    with meter.holds(run.config.resources.harvest):
+        return counts | run_holistic(run.config, run.tables, *run.prepared, progress)
 
 
-def explain(run: Run, progress: Progress) -> dict[str, int]:
+def explain(run: Run, progress: Progress, meter: Meter) -> dict[str, int]:
     config = run.config
-    over_budget: OverBudget = lambda usd: None  # noqa: E731
-    reopen(config, run.tables, over_budget)
+    reopen(config, run.tables, meter.over_budget)
     if not arms_left(config, run.tables, live_features(run.tables)):
         return run_explain(config, run.tables, None, progress)
     committer = start_committer(run.tables)
     deploy(run, {name for arm in config.explainers.values() for name in simulators_of(arm)}, llms_used(config))
-    counts = run_explain(config, run.tables, committer, progress, over_budget)
+    counts = run_explain(config, run.tables, committer, progress, meter.over_budget)
     for table in ("llm_calls", "candidates", "explanations", "simulations"):
         run.tables.finish(table)
     return counts
 
 
-def score(run: Run, progress: Progress) -> dict[str, int]:
+def score(run: Run, progress: Progress, meter: Meter) -> dict[str, int]:
     explainers = [arm_ids(run.config, name)[0] for name in run.config.explainers]
-    add_rule_negatives(run.config, run.tables, plan_score(run.config, run.tables, explainers).explanations())
+    with meter.holds(run.config.resources.index):
+        add_rule_negatives(run.config, run.tables, plan_score(run.config, run.tables, explainers).explanations())
     plan = plan_score(run.config, run.tables, explainers)  # with the records that were added
     committer = start_committer(run.tables) if plan.blocks else None
     deploy(run, {simulator for simulator, _ in plan.blocks}, set())
     return run_score(run.config, run.tables, plan, committer, progress)
 
 
-def report(run: Run, progress: Progress) -> dict[str, int]:
+def report(run: Run, progress: Progress, meter: Meter) -> dict[str, int]:
     write_report(run.tables, run.config)
     return {}
 
 
-_RUNNERS: dict[str, Callable[[Run, Progress], dict[str, int]]] = {
-    "corpus": lambda run, progress: run_corpus(run.config, run.tables, progress),
-    "harvest": lambda run, progress: run_harvest(run.config, run.tables, *run.prepared, progress),
-    "index": lambda run, progress: run_index(run.config, run.tables, progress),
+_RUNNERS: dict[str, Callable[[Run, Progress, Meter], dict[str, int]]] = {
+    "corpus": corpus,
+    "harvest": harvest,
+    "index": index,
     "records": records,
     "explain": explain,
     "score": score,
@@ -254,11 +314,17 @@ _READS: dict[str, str] = {
 """The table without which a stage has nothing to read; the stage before it writes that."""
 
 
+def llm_usd(tables: Tables) -> float:
+    """What LLM calls have cost so far, those without a price left out."""
+    costs = tables.read("llm_calls", ["cost_usd"])["cost_usd"].to_pylist()
+    return sum(cost for cost in costs if cost is not None)
+
+
 def run_stage(run: Run, stage: str, progress: Progress = silent) -> dict[str, int]:
     """Does what is left of one stage; returns counts for people.
 
     Raises:
-        UserError: the stage before it has not run.
+        UserError: the stage before it has not run, or the budget is spent.
     """
     needed = _READS.get(stage)
     if needed and not run.tables.exists(needed):
@@ -269,7 +335,8 @@ def run_stage(run: Run, stage: str, progress: Progress = silent) -> dict[str, in
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # they would be drawn on top of ours
     context.raise_original_map_exception = True  # so that a worker's UserError reaches the user as one
-    counts = _RUNNERS[stage](run, progress)
+    with Meter(run.config, stage, lambda: service_gpus(run.config)) as meter:
+        counts = _RUNNERS[stage](run, meter.within_budget(progress, llm_usd(run.tables)), meter)
     if counts:
         write_manifest(run.config, {stage: counts})
     return counts

@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 
@@ -35,3 +36,19 @@ def test_jobs_refuse_to_start_without_a_config(job):
     result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
     assert result.returncode == 2
     assert "configs/demo.yaml" in result.stderr
+
+
+def test_plan_starts_nothing_and_leaves_nothing(tmp_path):
+    arguments = ["plan", str(CONFIGS / "planted.yaml"), f"run_dir={tmp_path / 'run'}"]
+    table = rayinterp(*arguments, "corpus.num_sequences=6000")
+    assert table.returncode == 0, table.stderr
+    for word in ("harvest", "holistic", "total", "GPU-hours", "Assumed"):
+        assert word in table.stdout
+    numbers = rayinterp(*arguments, "--json")
+    content = json.loads(numbers.stdout)
+    harvest = next(stage for stage in content["stages"] if stage["stage"] == "harvest")
+    assert harvest["num_tokens"] == 3000 * 17
+    assert not (tmp_path / "run").exists()
+    wrong = rayinterp(*arguments, "--params", "subject.model=9e9")
+    assert wrong.returncode == 2
+    assert "index.embedder" in wrong.stderr and "Traceback" not in wrong.stderr

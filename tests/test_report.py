@@ -17,6 +17,7 @@ from rayinterp.errors import UserError
 from rayinterp.report import Summary, fixed, index_rows, pair_table, panels, summarise, write_report
 from rayinterp.report_cards import Card, Cards, natural_key, read_run, shade, spans, tree_order, visible
 from rayinterp.report_data import (
+    Cost,
     Order,
     Score,
     ScoreBook,
@@ -25,6 +26,7 @@ from rayinterp.report_data import (
     arm_summaries,
     cascade_summaries,
     comparisons,
+    cost_rows,
     is_wide,
     order_of,
     score_book,
@@ -32,6 +34,7 @@ from rayinterp.report_data import (
 )
 from rayinterp.score import Interval
 from rayinterp.tables import SCHEMAS, Tables
+from rayinterp.usage import Spent, update_manifest
 
 HOSTILE = "<script>alert('token')</script>"
 SOURCE = "similar_negative"
@@ -478,3 +481,42 @@ def test_what_a_cheap_first_look_spared_and_how_far_it_agrees():
     assert (summary.explainer, summary.num_pruned, summary.num_simulated) == ("tree@1", 2, 9)
     assert summary.rank_correlation.n == 2
     assert summary.rank_correlation.value == pytest.approx((1 - 0.5) / 2)
+
+
+def llm_calls(*costs: float | None) -> pa.Table:
+    return pa.table({"cost_usd": pa.array(costs, pa.float64())})
+
+
+def test_estimate_and_actual_stand_side_by_side(tmp_path: Path) -> None:
+    config = small_config(str(tmp_path))
+    priced = config.model_copy(update={"budget": config.budget.model_copy(update={"usd_per_gpu_hour": 2.0})})
+    estimate = {
+        "harvest": {"seconds": 60.0, "gpu_hours": 1.0, "usd": 2.0, "llm_calls": 0},
+        "explain": {"seconds": 100.0, "gpu_hours": 0.0, "usd": None, "llm_calls": 9},
+        "score": {"seconds": 7.0, "gpu_hours": 0.0, "usd": 0.0, "llm_calls": 0},
+    }
+    usage = {"harvest": Spent(90.0, 1.5), "explain": Spent(50.0, 0.5)}
+    rows = {row.stage: row for row in cost_rows(estimate, usage, llm_calls(0.25, None, 0.5), priced)}
+    assert rows["harvest"].estimate == Cost(60, 1, 2, 0)
+    assert rows["harvest"].actual == Cost(90, 1.5, 3, 0)
+    assert rows["explain"].actual == Cost(50, 0.5, 1 + 0.75, 3)
+    assert rows["score"].actual == Cost() and rows["corpus"] == ("corpus", Cost(), Cost())
+    # Of the stages that were run; what is unknown of one is unknown of all.
+    assert rows["total"].estimate == Cost(160, 1, None, 9)
+    assert rows["total"].actual == Cost(140, 2, 4.75, 3)
+    assert {row.stage: row for row in cost_rows(estimate, usage, llm_calls(None), config)}["explain"].actual.usd is None
+    assert "total" not in {row.stage for row in cost_rows({}, {}, llm_calls(), config)}
+
+
+def test_the_report_shows_what_was_spent(tmp_path: Path) -> None:
+    config, tables = small_config(str(tmp_path)), Tables(str(tmp_path))
+    write_run(tables, config)
+    assert "not recorded" in Path(write_report(tables, config)).read_text()
+    planned = {"explain": {"seconds": 7200.0, "gpu_hours": None, "usd": 1.25, "llm_calls": 1234}}
+    spent = {"explain": {"seconds": 300.0, "gpu_hours": 0.75}}
+    update_manifest(str(tmp_path), lambda manifest: manifest.update(estimate=planned, usage=spent))
+    text = Path(write_report(tables, config)).read_text()
+    (row,) = re.findall(r"<tr><td>explain</td>.*?</tr>", text, re.DOTALL)
+    cells = [re.sub("<[^>]+>", "", cell) for cell in re.findall(r"<td class=\"num.*?</td>", row)]
+    assert cells[:5] == ["2.0 h", "5 min", "– unknown", "0.75", "1.25"]
+    assert cells[6] == "1,234"

@@ -1,9 +1,11 @@
 """A simulator without an LLM: a token is as active as its vector is close to a word of the rule.
 
-    sequence -> token vectors of a sentence encoder (once) \
-                                                             largest cosine, less that of null texts -> 0 to 5
-    rule     -> vectors of its content words (once)        /
+    sequence   -> token vectors of a sentence encoder (once)   \
+    rule       -> vectors of its words (once)                    excess of each cosine over the word's threshold;
+    background -> 99th percentile of each word's cosines:        the largest of the rule's words -> 0 to 5
+                  its threshold (once a rule)                  /
 
+Any two tokens are a little alike: what a word of the rule shares with one token in a hundred of any text says nothing.
 All rules of a candidate on all its sequences are one matrix product. The encoder has its own tokens; its similarities
 are carried to the subject's tokens by character offsets. Blind to what a list of words cannot say: syntax, negation,
 position.
@@ -14,6 +16,8 @@ from __future__ import annotations
 import re
 from collections import OrderedDict
 from collections.abc import Iterable
+from functools import lru_cache
+from importlib import resources
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -22,34 +26,19 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from rayinterp.explanation import MAX_STRENGTH
-from rayinterp.simulate.simulator import NULL_EXPLANATIONS, RuleRequest, TokenSequence
+from rayinterp.simulate.simulator import RuleRequest, TokenSequence
 
 if TYPE_CHECKING:
     from jaxtyping import Float16, Float32, Int64
 
 MAX_CACHED_TOKENS = 200_000
 """Encoder tokens kept: 150 MB with 384 dimensions."""
+MAX_CACHED_RULES = 2_000
+"""Rules whose words and thresholds are kept: 30 MB with ten words of 384 dimensions each."""
+BACKGROUND_QUANTILE = 0.99
+"""How rare a cosine must be before it counts: at 0.95 common words get through, at 0.999 some rules fall silent."""
 
 QUOTED = re.compile(r"""(?<!\w)(?:'(.+?)'|"(.+?)"|‘(.+?)’|“(.+?)”|`(.+?)`)(?!\w)""")
-WORD = re.compile(r"[\w'’-]*\w")
-
-_FUNCTION_WORDS = """
-    a about after all an and any are as at be been before being both but by can do does each either for from had has
-    have how if in into is it its like may more most neither nor of on onto or other over so some such than that the
-    their them then there these they this those through to under up upon was were what when where which while who whose
-    will with within without would
-"""
-_SCAFFOLD_WORDS = """
-    activates active appear appearing appears beginning character characters concept concepts containing contains
-    context contexts describe describing ending especially example examples expression expressions feature features
-    fires followed following form forms general generally include includes including indicate indicating instance
-    instances kind kinds letter letters mention mentioned mentioning mentions name names often part particular
-    particularly parts phrase phrases piece pieces preceded preceding prefix refer reference references referring refers
-    relate related relating sentence sentences sequence sequences specifically starting subword suffix symbol symbols
-    term terms text texts token tokens type types typically used usually variant variants various word words
-"""
-STOP_WORDS = frozenset(f"{_FUNCTION_WORDS} {_SCAFFOLD_WORDS}".split())
-"""Words of a rule that say nothing about what it fires on."""
 
 
 class EncodedText(NamedTuple):
@@ -61,13 +50,24 @@ class EncodedText(NamedTuple):
     """First character and one past the last character of each token."""
 
 
-def content_spans(rule: str) -> list[tuple[int, int]]:
-    """Where a rule's content is: what it quotes; else its words less stop words; else all of it."""
-    quoted = [match.span(match.lastindex or 0) for match in QUOTED.finditer(rule)]
-    if quoted:
-        return quoted
-    words = [match.span() for match in WORD.finditer(rule) if match.group().lower() not in STOP_WORDS]
-    return words or [(0, len(rule))]
+class RuleWords(NamedTuple):
+    """What a rule is compared by; a word is a token of the encoder."""
+
+    vectors: Float32[np.ndarray, "word dim"]
+    """Each in the context of the whole rule."""
+    thresholds: Float32[np.ndarray, "word"]
+    """The cosine that each reaches with one token in a hundred of the background."""
+
+
+def background_texts() -> list[str]:
+    """Some ninety short texts of as many kinds: were one subject large, its words would have high thresholds."""
+    text = resources.files("rayinterp.simulate").joinpath("background.txt").read_text(encoding="utf-8")
+    return text.strip().split("\n\n")
+
+
+def quoted_spans(rule: str) -> list[tuple[int, int]]:
+    """Where a rule quotes something, without the quotation marks."""
+    return [match.span(match.lastindex or 0) for match in QUOTED.finditer(rule)]
 
 
 def overlapping(spans: Int64[np.ndarray, "enc 2"], wanted: Iterable[tuple[int, int]]) -> Int64[np.ndarray, "wanted 2"]:
@@ -91,9 +91,9 @@ def places_of(spans: Int64[np.ndarray, "enc 2"], tokens: tuple[str, ...]) -> tup
     return starts + within, lengths
 
 
-def content_vectors(rule: EncodedText, text: str) -> Float32[np.ndarray, "word dim"]:
-    """Vectors of the rule's content, each in the context of the whole rule."""
-    ranges = overlapping(rule.spans, content_spans(text))
+def word_vectors(rule: EncodedText, text: str) -> Float32[np.ndarray, "word dim"]:
+    """Vectors of what the rule quotes, or of all of it."""
+    ranges = overlapping(rule.spans, quoted_spans(text))
     chosen = [index for first, stop in ranges.tolist() for index in range(first, stop)]
     return (rule.vectors[chosen] if chosen else rule.vectors).astype(np.float32)
 
@@ -116,49 +116,56 @@ class LateInteractionSimulator:
         self._batch_size = batch_size
         self._cache: OrderedDict[str, EncodedText] = OrderedDict()
         self._num_cached_tokens = 0
-        self._nulls = [content_vectors(self._encode([null])[null], null) for null in NULL_EXPLANATIONS]
+        background = self._run_encoder(background_texts())
+        self._background = np.concatenate([text.vectors for text in background]).astype(np.float32)
+        self._words_of = lru_cache(MAX_CACHED_RULES)(self._read_rule)
 
     def simulate(self, requests: list[RuleRequest]) -> list[list[Float32[np.ndarray, "seq"]]]:
         """Predictions in 0-5, as `Simulator` asks for; there is nothing to calibrate."""
         # In order of appearance: a set's order, and so what shares a padded batch, changes from process to process.
         texts = dict.fromkeys("".join(sequence.tokens) for request in requests for sequence in request.sequences)
         encoded = self._encode([*texts, *(request.rule for request in requests)])
-        rules = {r.rule: content_vectors(encoded[r.rule], r.rule) for r in requests}
         answers: list[list[Float32[np.ndarray, "seq"]]] = [[] for _ in requests]
         together: dict[tuple[TokenSequence, ...], list[int]] = {}
         for index, request in enumerate(requests):
             together.setdefault(request.sequences, []).append(index)
         for sequences, indices in together.items():
             if sequences:
-                words = [rules[requests[index].rule] for index in indices]
-                for index, answer in zip(indices, self._predict(words, sequences, encoded), strict=True):
+                rules = [self._words_of(requests[index].rule) for index in indices]
+                for index, answer in zip(indices, self._predict(rules, sequences, encoded), strict=True):
                     answers[index] = answer
         return answers
 
     @torch.inference_mode()
     def _predict(
         self,
-        rules: list[Float32[np.ndarray, "word dim"]],
+        rules: list[RuleWords],
         sequences: tuple[TokenSequence, ...],
         encoded: dict[str, EncodedText],
     ) -> list[list[Float32[np.ndarray, "seq"]]]:
-        """Every rule on every sequence: one product of all words, those of the null texts too, and all tokens."""
+        """Every rule on every sequence: one product of all words and all tokens."""
         texts = [encoded["".join(sequence.tokens)] for sequence in sequences]
         overlaps = [places_of(text.spans, sequence.tokens) for text, sequence in zip(texts, sequences, strict=True)]
         starts = np.cumsum([0, *(len(text.vectors) for text in texts[:-1])])
         places = np.concatenate([own + start for (own, _), start in zip(overlaps, starts, strict=True)])
         lengths = np.concatenate([own for _, own in overlaps])
         vectors = self._on_device(np.concatenate([text.vectors for text in texts])).float()
-        words = [*rules, *self._nulls]
-        cosines = self._on_device(np.concatenate(words)) @ vectors.T
-        nearest = largest_of_each(cosines, self._on_device(np.array([len(own) for own in words])), empty=0.0)
-        null = nearest[len(rules) :].mean(0)
-        # Divided by the room above the null, so that a cosine of 1 becomes a full activation.
-        excess = (nearest[: len(rules)] - null) / (1 - null).clamp(min=1e-3)
-        predicted = largest_of_each(excess.T[self._on_device(places)], self._on_device(lengths), empty=-1.0)
+        words = self._on_device(np.concatenate([rule.vectors for rule in rules]))
+        thresholds = self._on_device(np.concatenate([rule.thresholds for rule in rules]))[:, None]
+        # Divided by the room above the threshold, so that a cosine of 1 becomes a full activation.
+        excess = (words @ vectors.T - thresholds) / (1 - thresholds).clamp(min=1e-3)
+        num_words = self._on_device(np.array([len(rule.vectors) for rule in rules]))
+        nearest = largest_of_each(excess, num_words, empty=0.0)
+        predicted = largest_of_each(nearest.T[self._on_device(places)], self._on_device(lengths), empty=-1.0)
         values = (MAX_STRENGTH * predicted.clamp(0, 1)).T.cpu().numpy()
         cuts = np.cumsum([len(sequence.tokens) for sequence in sequences])[:-1]
         return [np.split(of_rule, cuts) for of_rule in values]
+
+    def _read_rule(self, rule: str) -> RuleWords:
+        """On the CPU and rule by rule, so that a threshold does not depend on what else is asked."""
+        vectors = word_vectors(self._encode([rule])[rule], rule)
+        thresholds = np.quantile(self._background @ vectors.T, BACKGROUND_QUANTILE, axis=0)
+        return RuleWords(vectors, thresholds.astype(np.float32))
 
     def _on_device(self, values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values).to(self._encoder.device)

@@ -375,6 +375,8 @@ class LateInteractionConfig(_Section):
     engine: Literal["late_interaction"] = "late_interaction"
     embedder: str = "sentence-transformers/all-MiniLM-L6-v2"
     """Sentence encoder whose token vectors are compared."""
+    version: Literal[2] = 2
+    """Of the method: what another one simulated has another name in the tables."""
     batch_size: int = Field(default=64, gt=0)
     """Sequences per forward pass."""
     num_features: int | None = None

@@ -63,6 +63,8 @@ MAX_FAILURES = 5
 """Features in a row that an LLM fails on before it is taken to be down."""
 MAX_TRIES = 3
 """Of a feature on which calls fail while others succeed; the last one goes on without the answers that fail."""
+MAX_DEATHS = 10
+"""Of search actors with the same feature in hand: machines come and go, but a feature that kills its actor is a bug."""
 OUTAGE_PAUSE = 20.0
 """Seconds between attempts while an LLM is down."""
 UNFINISHED = ("budget", "no_budget")
@@ -407,11 +409,13 @@ def reopen(config: RunConfig, tables: Tables, over_budget: OverBudget) -> None:
         return
     affordable = features_with_llm(config, live_features(tables))
     where = f"{sql_in('status', UNFINISHED)} and {sql_in('explainer', _all_ids(config))}"
+    by_arm: dict[str, list[str]] = {}
     for row in tables.read("explanations", ["feature_key", "explainer"], where).to_pylist():
         if FeatureId.parse(row["feature_key"]) in affordable:
-            this = f"feature_key = '{row['feature_key']}' and explainer = '{row['explainer']}'"
-            for table in ("scores", "predictions", "explanations"):
-                tables.delete(table, this)
+            by_arm.setdefault(row["explainer"], []).append(row["feature_key"])
+    for arm, keys in by_arm.items():
+        for table in ("scores", "predictions", "explanations"):
+            tables.delete(table, f"explainer = '{arm}' and {sql_in('feature_key', keys)}")
 
 
 def dollars_spent(tables: Tables) -> float:
@@ -441,7 +445,10 @@ def run_explain(
     if left:
         usd = dollars_spent(tables)
         driver = _Driver(config, tables, committer, progress, lambda more: over_budget(usd + more), connect)
-        failure = driver.run(left, features)
+        try:
+            failure = driver.run(left, features)
+        finally:
+            driver.end()
         if failure:
             raise UserError(
                 f"LLM calls failed ({failure}); what is finished is kept. Mend it (llms.*: key, base_url, model, "
@@ -492,7 +499,7 @@ class _Driver:
         self._idle = self._actors * config.resources.searches_per_actor
         self._running: dict[Any, tuple[_Task, Any]] = {}
         self._account = Account(self._actors)
-        self._failures_in_a_row, self._last_success, self._resume_at = 0, time.monotonic(), 0.0
+        self._failures_in_a_row, self._last_success, self._resume_at, self._calls = 0, time.monotonic(), 0.0, 0
 
     def run(self, left: dict[FeatureId, list[str]], features: list[FeatureId]) -> str | None:
         """Explains what is left; returns the failure that ended it early, if one did."""
@@ -509,7 +516,7 @@ class _Driver:
                 task, actor = queue.popleft(), self._idle.pop()
                 tolerant = task.tries + 1 >= MAX_TRIES and status.spent.calls > 0
                 arguments = (task.feature, task.arms, task.feature in affordable, tolerant)
-                self._running[actor.explain.options(max_task_retries=2).remote(*arguments)] = task, actor
+                self._running[actor.explain.options(max_task_retries=MAX_DEATHS).remote(*arguments)] = task, actor
             for task, done in self._wait():
                 status.take(done.valid_scores, finished=done.failure is None)
                 if done.failure is None:
@@ -519,10 +526,13 @@ class _Driver:
             if failure:
                 queue.clear()
             self._progress(status.done, status.total, status.figures(len(queue), len(self._running), stop))
+        return failure
+
+    def end(self) -> None:
+        """Makes what has been handed over durable, and lets the actors go."""
         ray.get(self._committer.flush.remote())
         for actor in [*self._actors, *([self._retriever] if self._retriever else [])]:
             ray.kill(actor)
-        return failure
 
     def _may_submit(self) -> bool:
         down = self._failures_in_a_row >= MAX_FAILURES
@@ -545,15 +555,17 @@ class _Driver:
 
     def _after_failure(self, task: _Task, done: Explained, queue: deque[_Task]) -> str | None:
         """Puts the feature back, or says that there is no point in going on."""
+        calls = self._account.read(at_once=True).calls
+        if calls > self._calls:  # others are answered
+            self._failures_in_a_row, self._last_success, self._calls = 0, time.monotonic(), calls
         self._failures_in_a_row += 1
-        answered = self._account.read(at_once=True).calls > 0
         down_for = time.monotonic() - self._last_success
         if self._failures_in_a_row >= MAX_FAILURES:
-            if not answered or not done.transient or down_for > self._config.resources.max_outage_seconds:
+            if not calls or not done.transient or down_for > self._config.resources.max_outage_seconds:
                 return done.failure
             self._resume_at = time.monotonic() + OUTAGE_PAUSE
             queue.append(task)
-        elif task.tries + 1 >= MAX_TRIES and not answered:
+        elif task.tries + 1 >= MAX_TRIES and not calls:
             return done.failure
         else:
             queue.append(task._replace(tries=task.tries + 1 if done.transient else MAX_TRIES - 1))

@@ -17,6 +17,7 @@ from rayinterp.explain.runner import (
     explanation_row,
     features_with_llm,
     live_features,
+    make_client,
     reopen,
     run_explain,
     why_not,
@@ -28,6 +29,7 @@ from rayinterp.planted import FEATURES, OracleSimulator
 from rayinterp.subject import FeatureId
 from rayinterp.tables import Committer, Tables
 from tests.conftest import copy_upstream, planted_config
+from tests.explain.faulty_endpoint import faulty_endpoint
 from tests.explain.records import few_records
 
 FEATURE = FeatureId("planted", 0)
@@ -148,6 +150,14 @@ class Fakes:
         return Services({"oracle": lambda: simulate}, dict.fromkeys(config.llms, generate), retrieve)
 
 
+class RealEndpoints(Fakes):
+    """The same simulator, and the LLMs of the config."""
+
+    def __call__(self, config, tables, committer, keys, retriever):
+        services = super().__call__(config, tables, committer, keys, retriever)
+        return services._replace(llms={name: make_client(name, config, keys[name]) for name in keys})
+
+
 TREE = "explainers={t: {method: tree, llm: knows, simulator: oracle, num_llm_roots: 2, depth: 1, width: 1}}"
 PRICES = ("llms.knows.usd_per_million_prompt_tokens=1e5", "llms.knows.usd_per_million_completion_tokens=0")
 """A dollar a call."""
@@ -250,3 +260,25 @@ def test_a_falsifier_in_the_loop_finds_silent_sequences_that_sound_like_the_rule
     assert rows[0]["num_falsifiers"] == 0  # there the rule is true
     revised = tables.read("candidates", where="feature_key = 'planted/2' and kind = 'revision'").to_pylist()
     assert all("stays silent" in node["feedback"] for node in revised)
+
+
+def test_a_faulty_endpoint_leaves_every_feature_with_a_row_and_scores_only_what_was_parsed(copied, monkeypatch):
+    monkeypatch.setenv("RAYINTERP_TEST_KEY", "sk-canary-7")
+    good = '[{"activates_on": "words about ships and the sea", "strength": 4}]'
+    seen = []
+    with faulty_endpoint(3, 0.3, good, hang_seconds=1.0, seen=seen) as url:
+        endpoint = (
+            f"llms.faulty={{provider: openai, model: m, base_url: '{url}', api_key_env: RAYINTERP_TEST_KEY, "
+            "max_retries: 2, timeout_seconds: 0.5}"
+        )
+        tree = "explainers={t: {method: tree, llm: faulty, simulator: oracle, num_llm_roots: 5, depth: 2}}"
+        counts, tables, _ = explain(copied, RealEndpoints(), endpoint, tree)
+    assert sum(counts.values()) == 3
+    assert {fault for fault, _ in seen} > {"", "rate_limit", "malformed"}
+    for node in tables.read("candidates", where="kind <> 'lexical'").to_pylist():
+        parsed = node["explanation"] is not None
+        assert parsed == (node["status"] in ("ok", "undefined", "duplicate"))
+        assert parsed or node["train_score"] is None
+        assert not parsed or node["explanation"] == good
+    for name in ("candidates", "explanations", "llm_calls"):
+        assert "sk-canary-7" not in str(tables.read(name).to_pylist())

@@ -260,3 +260,36 @@ def test_simulations_read_back_as_they_were_written(tmp_path):
     for key, log_probs in read.items():
         np.testing.assert_array_equal(log_probs, values[key.sequence_id])
     assert not list(read_simulations(tables, "absent@1", [0]))
+
+
+@pytest.mark.slow
+async def test_a_service_grows_from_nothing_with_demand_and_goes_away_without_it(ray_session):
+    app = "simulator-scaling"
+    resources = ServiceResources(
+        num_cpus=0.1, num_actors=0, max_actors=2, target_ongoing=1, upscale_seconds=0, idle_seconds=4
+    )
+
+    def replicas():
+        (deployment,) = serve.status().applications[app].deployments.values()
+        return deployment.replica_states.get("RUNNING", 0)
+
+    handle = deploy_simulator("words", LateInteractionConfig(embedder="embedded/minilm-l6"), resources, app)
+    assert replicas() == 0
+    trace = []
+
+    async def watch():
+        while True:
+            trace.append(replicas())
+            await asyncio.sleep(0.2)
+
+    watching = asyncio.create_task(watch())
+    many = [
+        RuleRequest(f"words about subject {i}", tuple(s._replace(sequence_id=i) for s in SEQUENCES)) for i in range(400)
+    ]
+    answers = await asyncio.gather(*(handle.answer.remote([request]) for request in many))
+    assert [len(answer[0]) for answer in answers] == [len(SEQUENCES)] * len(many)
+    while replicas():
+        await asyncio.sleep(0.5)  # the test's own time limit ends this
+    watching.cancel()
+    assert max(trace) == 2 and trace[0] == 0
+    serve.delete(app)

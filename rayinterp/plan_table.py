@@ -29,12 +29,14 @@ def short(value: float | None, unit: str = "") -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """`45 s`, `12 min`, `3.4 h`."""
+    """`45 s`, `1.8 min`, `12 min`, `3.4 h`."""
     if seconds is None:
         return UNKNOWN
     if seconds < 99.5:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 99.5 * 60 else f"{seconds / 3600:,.1f} h"
+    if seconds < 99.5 * 60:
+        return f"{seconds / 60:.{1 if seconds < 597 else 0}f} min"
+    return f"{seconds / 3600:,.1f} h"
 
 
 def gpu_hours(hours: float | None) -> str:

@@ -31,6 +31,8 @@ def test_every_shipped_config_loads_and_survives_a_round_trip(path):
             ["resources.harvest", "max_actors is 2", "num_actors (3)"],
         ),
         ("subject.features=many", ["subject.features", "many"]),
+        ("budget.max_hours=-1", ["budget.max_hours", "-1"]),
+        ("budget.max_used=5", ["budget.max_used", "did you mean 'max_usd'"]),
         ("nonsense", ["key.path=value"]),
         ("name.x=1", ["'name' is not a section"]),
     ],

@@ -247,7 +247,9 @@ def test_numbers_are_short():
         *("0", "42", "1 k", "1.23 k", "3.17 M", "59.3 P", "unknown")
     ]
     assert short(724_000, "B") == "724 kB"
-    assert [duration(s) for s in (4.4, 99, 720, 7200, None)] == ["4 s", "99 s", "12 min", "2.0 h", "unknown"]
+    assert [duration(s) for s in (4.4, 99, 108, 720, 7200, None)] == [
+        *("4 s", "99 s", "1.8 min", "12 min", "2.0 h", "unknown")
+    ]
     assert [dollars(d) for d in (0, 0.126, 1234.5)] == ["0", "0.13", "1,234.50"]
 
 

@@ -518,5 +518,5 @@ def test_the_report_shows_what_was_spent(tmp_path: Path) -> None:
     text = Path(write_report(tables, config)).read_text()
     (row,) = re.findall(r"<tr><td>explain</td>.*?</tr>", text, re.DOTALL)
     cells = [re.sub("<[^>]+>", "", cell) for cell in re.findall(r"<td class=\"num.*?</td>", row)]
-    assert cells[:5] == ["2.0 h", "5 min", "– unknown", "0.75", "1.25"]
+    assert cells[:5] == ["2.0 h", "5.0 min", "– unknown", "0.75", "1.25"]
     assert cells[6] == "1,234"

@@ -40,6 +40,7 @@ from rayinterp.explain.local import deploy_llm
 from rayinterp.explain.runner import (
     arm_ids,
     arms_left,
+    dollars_spent,
     live_features,
     llms_used,
     reopen,
@@ -314,12 +315,6 @@ _READS: dict[str, str] = {
 """The table without which a stage has nothing to read; the stage before it writes that."""
 
 
-def llm_usd(tables: Tables) -> float:
-    """What LLM calls have cost so far, those without a price left out."""
-    costs = tables.read("llm_calls", ["cost_usd"])["cost_usd"].to_pylist()
-    return sum(cost for cost in costs if cost is not None)
-
-
 def run_stage(run: Run, stage: str, progress: Progress = silent) -> dict[str, int]:
     """Does what is left of one stage; returns counts for people.
 
@@ -336,7 +331,7 @@ def run_stage(run: Run, stage: str, progress: Progress = silent) -> dict[str, in
     context.enable_progress_bars = False  # they would be drawn on top of ours
     context.raise_original_map_exception = True  # so that a worker's UserError reaches the user as one
     with Meter(run.config, stage, lambda: service_gpus(run.config)) as meter:
-        counts = _RUNNERS[stage](run, meter.within_budget(progress, llm_usd(run.tables)), meter)
+        counts = _RUNNERS[stage](run, meter.within_budget(progress, dollars_spent(run.tables)), meter)
     if counts:
         write_manifest(run.config, {stage: counts})
     return counts

@@ -6,7 +6,8 @@ import pytest
 import rayinterp.usage
 from rayinterp.config import BudgetConfig, PoolResources, arm_id, differing_fields, load_config, parse_config
 from rayinterp.errors import UserError
-from rayinterp.run import absolute, llm_usd, open_run, run_stage, service_gpus
+from rayinterp.explain.runner import dollars_spent
+from rayinterp.run import absolute, open_run, run_stage, service_gpus
 from rayinterp.tables import Tables
 from rayinterp.usage import Meter, Spent, exceeded, read_manifest, update_manifest, usage_of
 from tests.conftest import CONFIGS, planted_config
@@ -162,7 +163,7 @@ def test_a_run_says_what_it_took_and_what_was_expected(planted_run):
     assert all(spent.seconds > 0 and spent.gpu_hours == 0 for spent in usage.values())
     assert [*manifest["estimate"]] == [*stages]
     assert manifest["estimate"]["explain"]["llm_calls"] > 0
-    assert llm_usd(planted_run.tables) == 0.0
+    assert dollars_spent(planted_run.tables) == 0.0
     json.dumps(manifest, allow_nan=False)
 
 

@@ -89,9 +89,8 @@ async def test_nothing_is_an_explanation_that_was_not_parsed(max_retries):
 async def test_each_fault_is_named_and_transient(fault, says):
     retried = fault not in ("malformed", "truncated", "wrong_shape")
     seen = []
-    with faulty_endpoint(1, 1.0, ANSWER, (fault,), seen=seen) as url:
-        with pytest.raises(LLMError, match=says) as error:
-            await openai_client(config_of(url), KEY)(REQUEST, "a/1")
+    with faulty_endpoint(1, 1.0, ANSWER, (fault,), seen=seen) as url, pytest.raises(LLMError, match=says) as error:
+        await openai_client(config_of(url), KEY)(REQUEST, "a/1")
     assert error.value.transient
     assert len(seen) == (3 if retried else 1)
 

@@ -57,12 +57,17 @@ def render(explanation: Explanation) -> str:
     )
 
 
-def rules_schema(rule_cap: int) -> dict[str, Any]:
-    """JSON schema of a structured answer. Endpoints want an object at the root, and every key required."""
+def rules_schema(rule_cap: int, max_characters: int | None = None) -> dict[str, Any]:
+    """JSON schema of a structured answer. Endpoints want an object at the root, and every key required.
+
+    Args:
+        max_characters: Of a rule; endpoints refuse schemas with lengths.
+    """
+    lengths = {} if max_characters is None else {"minLength": 1, "maxLength": max_characters}
     rule = {
         "type": "object",
         "properties": {
-            "activates_on": {"type": "string"},
+            "activates_on": {"type": "string", **lengths},
             "strength": {"type": "integer", "minimum": 0, "maximum": MAX_STRENGTH},
         },
         "required": ["activates_on", "strength"],

@@ -72,6 +72,7 @@ def prepare(config: RunConfig, stages: Sequence[str] = ("corpus", "explain")) ->
         return Prepared([], {planted.SAE: choose_features(config, planted.SAE, len(planted.FEATURES))})
     for field, model, revision in model_names(config):
         model_config(field, model, revision)
+    check_local_llms(config)
     subject = model_config("subject.model", config.subject.model, config.subject.revision)
     check_context(config, subject)
     sources = sae_sources(config, subject.get_text_config().num_hidden_layers)
@@ -163,6 +164,27 @@ def model_config(field: str, model: str, revision: str | None) -> Any:
             f"{field} {model!r} cannot be loaded: {first_line} Give a local folder, a Hugging Face name that this "
             f"machine can reach (`hf auth login` for gated ones), or {embedded.MODEL}"
         ) from None
+
+
+def check_local_llms(config: RunConfig) -> None:
+    """Local LLMs can be spoken to, and held to a form of answer."""
+    from transformers import AutoTokenizer
+
+    for name in sorted(llms_used(config)):
+        llm = config.llms[name]
+        if llm.provider != "local":
+            continue
+        tokenizer = AutoTokenizer.from_pretrained(embedded.resolve(llm.model))
+        if not tokenizer.chat_template:
+            raise UserError(
+                f"llms.{name}.model {llm.model!r} has no chat template, so it was not trained to answer; name an "
+                "instruct model"
+            )
+        if not tokenizer.is_fast:
+            raise UserError(
+                f"llms.{name}.model {llm.model!r} has a slow tokenizer, which the grammar of structured answers cannot "
+                "read; name a model with a tokenizer.json, or serve it and use provider 'openai'"
+            )
 
 
 def check_quotas(config: RunConfig) -> None:

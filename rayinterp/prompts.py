@@ -108,12 +108,12 @@ After them come texts on which the feature is silent, though some are much like 
 of any token in them."""
 
 _HOLISTIC_TASK = """\
-Under some texts stand the tokens without which the feature would fire less, the most important first: they are what it \
-needs, also where it does not fire on them."""
+Under some texts stand the tokens without which the feature would fire less, the most important first: they are what \
+it needs, also where it does not fire on them."""
 
 _RULE = """\
-Each rule is an object with "activates_on", a short description of tokens that make the feature fire, and "strength", a \
-whole number from 0 to 5 that says how strongly. Use a second rule only for tokens that the first does not cover."""
+Each rule is an object with "activates_on", a short description of tokens that make the feature fire, and "strength", \
+a whole number from 0 to 5 that says how strongly. Use a second rule only for tokens that the first does not cover."""
 
 _STRUCTURED_ANSWER = "Answer with a JSON list of at most {rule_cap} rules and nothing else. " + _RULE
 _OBJECT_ANSWER = (

@@ -33,6 +33,9 @@ def test_every_shipped_config_loads_and_survives_a_round_trip(path):
         ("subject.features=many", ["subject.features", "many"]),
         ("budget.max_hours=-1", ["budget.max_hours", "-1"]),
         ("budget.max_used=5", ["budget.max_used", "did you mean 'max_usd'"]),
+        ("explainers.right.rule_cap=11", ["explainers.right", "rule_cap", "11"]),
+        ("llms.knows={provider: scripted, model: m, answer_format: json_schema}", ["llms.knows", "answer_format"]),
+        ("llms.knows.max_concurrency=0", ["llms.knows.max_concurrency", "0"]),
         ("nonsense", ["key.path=value"]),
         ("name.x=1", ["'name' is not a section"]),
     ],
@@ -42,6 +45,31 @@ def test_a_wrong_value_is_one_error_that_names_the_field(override, says):
         load_config(CONFIGS / "planted.yaml", [override])
     for words in says:
         assert words in str(error.value)
+
+
+@pytest.mark.parametrize("base_url", ["https://host/v1?key=sk-1", "https://me:sk-1@host/v1"])
+def test_a_url_with_a_secret_is_refused_without_being_shown(base_url):
+    with pytest.raises(UserError, match="base_url") as error:
+        load_config(CONFIGS / "planted.yaml", [f"llms.knows={{provider: openai, model: m, base_url: '{base_url}'}}"])
+    assert "api_key_env" in str(error.value) and "sk-1" not in str(error.value)
+
+
+@pytest.mark.parametrize("records", ["records.holistic=none", "records.holistic_splits=[test]"])
+def test_needed_tokens_are_shown_where_they_are_computed(records):
+    overrides = ["explainers.right.holistic=true"]
+    assert load_config(CONFIGS / "planted.yaml", overrides).explainers["right"].holistic  # type: ignore[union-attr]
+    with pytest.raises(UserError) as error:
+        load_config(CONFIGS / "planted.yaml", [*overrides, records])
+    for word in ("explainers.right.holistic", "records.holistic", "holistic_splits"):
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize("records", ["records.complementary=[]", "records.train={positive: 5, complementary: 0}"])
+def test_silent_texts_are_shown_where_they_are_drawn(records):
+    overrides = ["explainers.right.num_negatives_shown=3"]
+    load_config(CONFIGS / "planted.yaml", overrides)
+    with pytest.raises(UserError, match=r"num_negatives_shown is 3.*records\.train\.complementary"):
+        load_config(CONFIGS / "planted.yaml", [*overrides, records])
 
 
 def test_a_missing_or_broken_file_is_named(tmp_path):

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import stat
 
 import pytest
@@ -137,6 +138,17 @@ def test_a_missing_key(tmp_path, monkeypatch):
     monkeypatch.delenv("RAYINTERP_TEST_KEY", raising=False)
     llm = "{provider: openai, model: m, api_key_env: RAYINTERP_TEST_KEY}"
     refused(demo(tmp_path, f"llms.smollm2={llm}"), "RAYINTERP_TEST_KEY")
+
+
+def test_a_model_that_cannot_converse(tmp_path):
+    folder = tmp_path / "base"
+    shutil.copytree(embedded.model_path(embedded.MODEL), folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    for path in folder.glob("chat_template*"):
+        path.unlink()
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    refused(demo(tmp_path, f"llms.smollm2.model={folder}"), "llms.smollm2.model", "chat template")
 
 
 def test_an_unreachable_dataset(tmp_path):

@@ -44,8 +44,6 @@ class LLMRequest(NamedTuple):
     temperature: float
     max_tokens: int
     seed: int
-    prefill: str = ""
-    """Beginning of the answer, for models that we run ourselves; endpoints take none."""
     list_cap: int = 0
     """Where the form of the answer is enforced, the rules that it may have; 0 leaves the form to the model."""
     answer_format: AnswerFormat = "text"
@@ -53,10 +51,11 @@ class LLMRequest(NamedTuple):
 
     @property
     def hash(self) -> str:
-        # Answers of before there was a choice are found again.
-        later = () if self.answer_format != "text" else ("answer_format",)
-        content = json.dumps({k: v for k, v in self._asdict().items() if k not in later}, sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()[:32]
+        # So that answers of before requests had a format, and when they had a prefill, are found again.
+        content: dict[str, Any] = {"prefill": "", **self._asdict()}
+        if self.answer_format == "text":
+            del content["answer_format"]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
 class LLMReply(NamedTuple):
@@ -121,8 +120,8 @@ class _Choice(BaseModel):
 
 
 class _Usage(BaseModel):
-    prompt_tokens: int = Field(0, ge=0)
-    completion_tokens: int = Field(0, ge=0)
+    prompt_tokens: int = Field(default=0, ge=0)
+    completion_tokens: int = Field(default=0, ge=0)
 
 
 class _Answer(BaseModel):
@@ -155,7 +154,7 @@ def openai_client(config: LLMConfig, key: SecretStr) -> Generate:
                     **_form(request),
                 )
         except TimeoutError:
-            failure = LLMError(f"no answer within {deadline:g} s from {request.model}", True)
+            failure = LLMError(f"no answer in {deadline:g} s from {request.model}", True)
         except openai.OpenAIError as error:
             # The error's own text may quote headers or the URL, so it is neither shown nor kept as a context.
             failure = _failure(error, request.model)

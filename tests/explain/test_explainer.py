@@ -45,7 +45,7 @@ async def asked(*answers, arm=ARM, llm=LLM):
 async def test_a_parsed_answer_is_an_explanation():
     outcome, requests = await asked(GOOD)
     assert outcome == ((Rule("trees", 5),), "ok", GOOD, 10, 5, 0.5)
-    assert (requests[0].prefill, requests[0].list_cap) == ("", 0)
+    assert (requests[0].list_cap, requests[0].answer_format) == (0, "text")
 
 
 async def test_a_bad_answer_is_asked_again_with_another_seed_and_all_calls_are_billed():

@@ -105,9 +105,8 @@ async def test_an_empty_or_huge_answer_is_a_reply_whose_text_is_kept_within_boun
 
 async def test_a_body_that_never_ends_is_given_up(monkeypatch):
     monkeypatch.setattr("rayinterp.explain.client.LONGEST_PAUSE_SECONDS", 0)
-    with faulty_endpoint(1, 1.0, ANSWER, ("dribble",)) as url:
-        with pytest.raises(LLMError, match="no answer within 0.3 s") as error:
-            await openai_client(config_of(url, timeout_seconds=0.3, max_retries=0), KEY)(REQUEST, "a/1")
+    with faulty_endpoint(1, 1.0, ANSWER, ("dribble",)) as url, pytest.raises(LLMError, match="no answer in") as error:
+        await openai_client(config_of(url, timeout_seconds=0.3, max_retries=0), KEY)(REQUEST, "a/1")
     assert error.value.transient and error.value.__context__ is None
 
 

@@ -1,11 +1,11 @@
+import json
+
 import pytest
 
 from rayinterp import embedded
 from rayinterp.config import LLMConfig
 from rayinterp.explain.client import LLMRequest
-from rayinterp.explain.local import LocalLLM, close_list
-from rayinterp.explanation import parse_structured
-from rayinterp.prompts import STRUCTURED_PREFILL
+from rayinterp.explain.local import LocalLLM, characters_per_rule
 
 MESSAGES = ({"role": "user", "content": "Name two kinds of trees as JSON with activates_on and strength."},)
 
@@ -24,15 +24,23 @@ def test_an_answer_depends_on_its_seed_alone(llm):
     assert first.finish_reason == "length" and first.completion_tokens == 12
 
 
-def test_a_framed_answer_ends_after_the_wanted_objects(llm):
-    reply = llm.generate(LLMRequest("local", "m", MESSAGES, 0.0, 60, 1, STRUCTURED_PREFILL, 1))
-    assert reply.text.startswith(STRUCTURED_PREFILL)
-    if reply.finish_reason == "stop" and reply.text.endswith("}]"):
-        assert reply.text.count("}") == 1
-        assert reply.completion_tokens < 60
+@pytest.mark.parametrize(("temperature", "seed", "rule_cap"), [(1.5, 1, 2), (1.5, 2, 3)])
+def test_a_structured_answer_keeps_to_its_form(llm, temperature, seed, rule_cap):
+    reply = llm.generate(LLMRequest("local", "m", MESSAGES, temperature, 100, seed, rule_cap))
+    assert reply.finish_reason == "stop"
+    rules = json.loads(reply.text)
+    assert 1 <= len(rules) <= rule_cap
+    assert [list(rule) for rule in rules] == [["activates_on", "strength"]] * len(rules)
+    assert all(len(rule["activates_on"]) <= characters_per_rule(100, rule_cap) for rule in rules)
+    assert llm.generate(LLMRequest("local", "m", MESSAGES, temperature, 100, seed, rule_cap)) == reply
 
 
-def test_closing_a_list():
-    text = '[{"activates_on": "a", "strength": 1}, {"activates_on": "b", "strength": 2}, {"activates_on'
-    assert len(parse_structured(close_list(text, 2), 5)) == 2
-    assert len(parse_structured(close_list(text, 1), 5)) == 1
+def test_rules_are_as_long_as_the_answer_has_room_for():
+    assert characters_per_rule(512, 5) == 200
+    assert characters_per_rule(80, 3) == 33
+    assert characters_per_rule(10, 10) == 30
+
+
+def test_a_structured_answer_may_be_cut_off(llm):
+    reply = llm.generate(LLMRequest("local", "m", MESSAGES, 1.5, 8, 1, 3))
+    assert reply.finish_reason == "length" and reply.text.startswith('[{"activates_on": "')

@@ -176,7 +176,7 @@ async def test_calls_per_minute_are_limited_from_the_first_on():
 async def test_a_key_is_nowhere_but_in_the_request(faults, caplog):
     caplog.set_level(logging.DEBUG)
     for name in ("openai", "httpx", "httpx2", "httpcore", "httpcore2"):
-        logging.getLogger(name).setLevel(logging.DEBUG)
+        caplog.set_level(logging.DEBUG, logger=name)
     arm = OneShotConfig(llm="l", simulator="s", max_parse_retries=0)
     with faulty_endpoint(2, 0.6, ANSWER, faults) as url:
         config = config_of(url, max_retries=1, timeout_seconds=0.2)

@@ -226,19 +226,21 @@ def test_a_budget_ends_searches_with_what_they_have_and_more_of_it_goes_on(copie
         """Each answer is a little better than the one before it, so that a search would go on."""
 
         def __call__(self, *arguments):
-            services, strengths = super().__call__(*arguments), {}
+            services, calls = super().__call__(*arguments), Counter()
 
             async def generate(request, feature_key):
-                wrong = strengths[feature_key] = strengths.get(feature_key, 6) - 1
-                await asyncio.sleep(1.5)
-                rules = [("words about ships and the sea", 5), ("bad weather", 1), ("citrus fruits", max(wrong, 0))]
+                calls[feature_key] += 1
+                await asyncio.sleep(1.0)
+                truth = FEATURES[FeatureId.parse(feature_key).index].truth[0].activates_on
+                wrong = "citrus fruits" if feature_key == "planted/0" else "words about ships and the sea"
+                rules = [(truth, 5), (wrong, max(5 - calls[feature_key] // 2, 0))]
                 content = [{"activates_on": text, "strength": strength} for text, strength in rules]
                 return LLMReply(json.dumps(content), "stop", 10, 10)
 
             return services._replace(llms=dict.fromkeys(services.llms, generate))
 
     slow = Slow()
-    one_at_a_time = ("resources.searches_per_actor=1", "explainers.t.depth=3", *PRICES)
+    one_at_a_time = ("resources.searches_per_actor=1", "explainers.t.depth=9", "explainers.t.stop_score=1", *PRICES)
     counts, tables, figures = explain(copied, slow, *one_at_a_time, over_budget=limit(2))
     assert counts == {"budget": 1, "no_budget": 2}
     assert any("budget.max_usd is 2" in figure.get("stopping", "") for figure in figures if figure)

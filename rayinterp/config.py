@@ -327,6 +327,11 @@ class FalsifierConfig(_Section):
     num_added: int = Field(default=2, gt=0)
     """Of all that were drawn in a round, so many that are predicted most wrongly are added; all candidates in the
     running are then scored again."""
+    num_finalists: int = Field(default=4, ge=0)
+    """Before the winner is chosen, so many of the best on valid are attacked there too: silent valid sequences that
+    sound like any of them join valid, for all of them. 0 leaves valid as it is."""
+    num_valid: int = Field(default=5, gt=0)
+    """Valid sequences drawn for each finalist."""
 
 
 class TreeConfig(OneShotConfig):

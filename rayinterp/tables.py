@@ -198,7 +198,11 @@ SCHEMAS: dict[str, pa.Schema] = {
             _field("simulator", pa.string(), "Simulator that guided the search, name@hash."),
             _field("explanation", pa.string(), "The winner as JSON; null where there is none."),
             _field("train_score", pa.float32(), "Correlation on train records."),
-            _field("valid_score", pa.float32(), "Correlation on valid records: what the winner was chosen by."),
+            _field(
+                "valid_score",
+                pa.float32(),
+                "What the winner was chosen by: on valid, as the falsifier left it.",
+            ),
             _field("num_candidates", pa.int32(), "Nodes of the search."),
             _field("num_falsifiers", pa.int32(), "Silent sequences that joined its train set."),
             _field(

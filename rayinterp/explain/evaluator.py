@@ -106,6 +106,14 @@ class Evaluator:
                 worst[i] = max(worst[i], float(values[values > FALSE_POSITIVE_ABOVE].sum()))
         return worst
 
+    async def final_scores(
+        self, explanations: Sequence[Explanation], silent: Sequence[ActivationRecord]
+    ) -> list[float | None]:
+        """On valid with silent records of valid documents added to it."""
+        records = [*self._valid, *silent]
+        simulated = await self._predictions.of(explanations, records)
+        return [evaluate(explanation, records, simulated)[0] for explanation in explanations]
+
     def grow(self, silent: Sequence[ActivationRecord]) -> None:
         """Adds silent records to the train set."""
         self.train += silent

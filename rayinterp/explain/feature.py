@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 Arm = LexicalConfig | OneShotConfig | TreeConfig
 Propose = Callable[[TreeSearch, Node], Awaitable[Outcome]]
 """Asks an LLM for a root or a revision."""
-Silent = Callable[[list[Explanation], int], Awaitable[list[ActivationRecord]]]
-"""Silent train records nearest to each explanation's own words, so many of each, nearest first."""
+Silent = Callable[[list[Explanation], str, int], Awaitable[list[ActivationRecord]]]
+"""Silent records of a split, nearest to each explanation's own words, so many of each, every sequence once."""
 
 
 class Search(NamedTuple):
@@ -139,6 +139,9 @@ async def search_feature(
         await _take(one, search, steps)
         if on_scored:
             await on_scored(search)
+    falsifier = _falsifier_of(one)
+    if one.silent and falsifier:
+        await judge_finalists(one.evaluator, search, one.silent, falsifier)
     return search
 
 
@@ -150,8 +153,9 @@ async def _take(one: Search, search: TreeSearch, steps: list[Step]) -> None:
         for node, outcome in zip(nodes, await asyncio.gather(*(_outcome(one, search, n) for n in nodes)), strict=True):
             search.explained(node.node, **outcome._asdict())
         return
-    if action == "rescore" and one.silent and isinstance(one.arm, TreeConfig) and one.arm.falsifier:
-        await falsify(one.evaluator, search, one.silent, one.arm.falsifier)
+    falsifier = _falsifier_of(one)
+    if action == "rescore" and one.silent and falsifier:
+        await falsify(one.evaluator, search, one.silent, falsifier)
     explanations = [node.explanation for node in nodes if node.explanation is not None]
     assert len(explanations) == len(nodes), f"{action} without an explanation"
     if action == "look":
@@ -176,12 +180,28 @@ async def _outcome(one: Search, search: TreeSearch, node: Node) -> Outcome:
 async def falsify(evaluator: Evaluator, search: TreeSearch, silent: Silent, config: FalsifierConfig) -> None:
     """Tries what is kept on silent sequences that sound like it; those predicted most wrongly join the train set."""
     explanations = [node.explanation for node in search.kept() if node.explanation is not None]
-    drawn = await silent(explanations, config.num_drawn)
+    drawn = await silent(explanations, "train", config.num_drawn)
     known = {record.sequence.sequence_id for record in evaluator.train}
     drawn = [record for record in drawn if record.sequence.sequence_id not in known]
     mistakes = await evaluator.mistaken(explanations, drawn)
     worst = sorted(range(len(drawn)), key=lambda i: (-mistakes[i], drawn[i].sequence.sequence_id))
     evaluator.grow([drawn[i] for i in worst[: config.num_added] if mistakes[i] > 0])
+
+
+async def judge_finalists(evaluator: Evaluator, search: TreeSearch, silent: Silent, config: FalsifierConfig) -> None:
+    """Scores the best on valid once more, where valid holds what sounds like any of them: a rule that is too broad
+    shows there, and the same records judge all."""
+    finalists = search.finalists(config.num_finalists)
+    explanations = [node.explanation for node in finalists if node.explanation is not None]
+    if len(explanations) < 2:
+        return
+    drawn = await silent(explanations, "valid", config.num_valid)
+    for node, score in zip(finalists, await evaluator.final_scores(explanations, drawn), strict=True):
+        node.final_score = score
+
+
+def _falsifier_of(one: Search) -> FalsifierConfig | None:
+    return one.arm.falsifier if isinstance(one.arm, TreeConfig) else None
 
 
 def llm_proposer(

@@ -218,9 +218,9 @@ class SearchActor:
         retrieve = self._services.retrieve
         assert retrieve is not None, "a falsifier without a retriever"
 
-        async def silent(explanations: list[Explanation], count: int) -> list[ActivationRecord]:
+        async def silent(explanations: list[Explanation], split: str, count: int) -> list[ActivationRecord]:
             texts = [tuple(rule.activates_on for rule in explanation) for explanation in explanations]
-            found = await retrieve([SilentRequest(feature, of_one, "train", count) for of_one in texts])
+            found = await retrieve([SilentRequest(feature, of_one, split, count) for of_one in texts])
             return list({r.sequence.sequence_id: r for of_one in found for r in of_one}.values())
 
         return silent
@@ -328,12 +328,16 @@ def explanation_row(
         "simulator": ids[1],
         "explanation": to_json(winner.explanation) if winner and winner.explanation else None,
         "train_score": winner.train_score if winner else None,
-        "valid_score": winner.valid_score if winner else None,
+        "valid_score": _chosen_by(winner) if winner else None,
         "num_candidates": len(nodes),
         "num_falsifiers": num_falsifiers,
         "status": status or ("ok" if winner else "no_explanation"),
         "cost_usd": None if any(cost is None for cost in costs) else sum(c for c in costs if c is not None),
     }
+
+
+def _chosen_by(winner: Node) -> float | None:
+    return winner.valid_score if winner.final_score is None else winner.final_score
 
 
 def why_not(records: dict[str, list[ActivationRecord]], over_budget: bool) -> str | None:

@@ -9,7 +9,8 @@
 
 A round is a set of new candidates. When all of it has been scored, its nodes and the nodes kept so far compete on their
 train score (`beam`: the best `width` stay and are revised; `best_first`: the best node that has no revisions yet is
-revised, however old it is). The winner is chosen on valid, among all nodes.
+revised, however old it is). The winner is chosen on valid, among all nodes; where the falsifier looks at the finalists
+too, on a valid set that holds what sounds like any of them.
 """
 
 from __future__ import annotations
@@ -70,6 +71,8 @@ class Node:
     train_score: float | None = None
     """On the train set as it was when the node was scored last."""
     valid_score: float | None = None
+    final_score: float | None = None
+    """Of a finalist: on a valid set that holds what sounds like any of them."""
     thought: str | None = None
     """Raw answer of the LLM."""
     feedback: str | None = None
@@ -166,10 +169,18 @@ class TreeSearch:
         """What the falsifier should attack: the best `width` nodes of the frontier."""
         return [self.nodes[node] for node in self.frontier[: self.settings.width]]
 
-    def winner(self) -> Node | None:
-        """The node with the best valid score; the earlier one of equals; None where no node has a score."""
+    def finalists(self, count: int) -> list[Node]:
+        """The best on valid; the earlier ones of equals."""
         scored = [node for node in self.nodes if node.valid_score is not None]
-        return max(scored, key=lambda node: (node.valid_score, -node.node), default=None)
+        return sorted(scored, key=lambda node: (-(node.valid_score or 0.0), node.node))[:count]
+
+    def winner(self) -> Node | None:
+        """The finalist with the best final score, or without any the node with the best valid score; the earlier one
+        of equals; None where no node has a score."""
+        judged = [node for node in self.nodes if node.final_score is not None]
+        if not judged:
+            return next(iter(self.finalists(1)), None)
+        return max(judged, key=lambda node: (node.final_score, -node.node))
 
     def path(self, node: int) -> list[Node]:
         """From the root down to the node."""

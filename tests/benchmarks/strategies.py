@@ -48,18 +48,23 @@ HALVING = BEAM.model_copy(
 )
 WIDE_HALVING = HALVING.model_copy(update={"num_llm_roots": 12, "branching_factor": 4})
 """Twice the calls; after the looks as many candidates are scored as the beam scores."""
-FALSIFIED = {"falsifier": FalsifierConfig()}
+FALSIFIED = {"falsifier": FalsifierConfig(num_finalists=0)}
+JUDGED = {"falsifier": FalsifierConfig()}
+"""The finalists are attacked on valid too."""
 METHODS: dict[str, Arm] = {
     "one_shot": OneShotConfig(llm="blind", simulator="oracle"),
     "best of 24": BEAM.model_copy(update={"num_llm_roots": NUM_CALLS, "depth": 0}),
     "beam": BEAM,
     "beam, falsifier": BEAM.model_copy(update=FALSIFIED),
+    "beam, falsifier, finalists": BEAM.model_copy(update=JUDGED),
     "best_first": BEST_FIRST,
     "best_first, falsifier": BEST_FIRST.model_copy(update=FALSIFIED),
+    "best_first, falsifier, finalists": BEST_FIRST.model_copy(update=JUDGED),
     "halving": HALVING,
     "halving, falsifier": HALVING.model_copy(update=FALSIFIED),
     "halving of 48": WIDE_HALVING,
     "halving of 48, falsifier": WIDE_HALVING.model_copy(update=FALSIFIED),
+    "halving of 48, falsifier, finalists": WIDE_HALVING.model_copy(update=JUDGED),
 }
 CHOICES = ("valid", "near ties by train", "valid + falsifiers", "valid + train")
 """On what the winner may be chosen; train as the falsifier left it."""
@@ -87,8 +92,8 @@ async def find(
     oracle, cheap = language.Oracle(language.NOISE), language.Oracle(language.CHEAP_NOISE)
     proposer = BlindProposer(records["train"], zlib.crc32(f"{planted.seed} {planted.number}".encode()))
 
-    async def silent(explanations: list[Explanation], count: int) -> list[ActivationRecord]:
-        drawn = [r for e in explanations for r in planted.pools["train"].rule_negatives(e, count)]
+    async def silent(explanations: list[Explanation], split: str, count: int) -> list[ActivationRecord]:
+        drawn = [r for e in explanations for r in planted.pools[split].rule_negatives(e, count)]
         return list({record.sequence.sequence_id: record for record in drawn}.values())
 
     feature = FeatureId("planted", planted.number)

@@ -125,17 +125,38 @@ def test_the_audited_features_and_the_looks_records_are_chance_of_seed_and_featu
 async def test_the_falsifier_adds_what_is_most_wrong_and_all_that_is_kept_is_scored_again():
     asked = []
 
-    async def silent(explanations, count):
-        asked.append(([e[0].activates_on for e in explanations], count))
+    async def silent(explanations, split, count):
+        asked.append(([e[0].activates_on for e in explanations], split, count))
         return [record(number, [0, 0, 0.0], "rule_negative") for number in (20, 13, 17, 15)]
 
-    arm = TREE.model_copy(update={"falsifier": FalsifierConfig(num_drawn=4, num_added=2), "depth": 1})
+    arm = TREE.model_copy(update={"falsifier": FalsifierConfig(num_drawn=4, num_added=2, num_finalists=0), "depth": 1})
     evaluator = FakeEvaluator({"broad": (0.9, 0.9), "narrow": (0.5, 0.5), "new": (0.3, 0.3), "newer": (0.2, 0.2)})
     search = await search_feature(one(arm, evaluator, proposer(["broad", "narrow", "new", "newer"]), silent))
-    assert asked == [(["broad", "narrow"], 4)]
+    assert asked == [(["broad", "narrow"], "train", 4)]
     assert [r.sequence.sequence_id for r in evaluator.falsifiers] == [17, 15]  # 20 is predicted rightly
     assert search.nodes[1].train_score == 0.45 and search.nodes[1].valid_score == 0.9
     assert [node.parent for node in search.nodes[3:]] == [1, 2]
+
+
+async def test_the_finalists_are_judged_on_valid_records_that_sound_like_any_of_them():
+    class Judge(FakeEvaluator):
+        async def final_scores(self, explanations, silent):
+            assert [r.sequence.sequence_id for r in silent] == [30, 31]
+            return [{"broad": 0.3, "narrow": 0.6}[explanation[0].activates_on] for explanation in explanations]
+
+    asked = []
+
+    async def silent(explanations, split, count):
+        asked.append(([e[0].activates_on for e in explanations], split, count))
+        return [record(number, [0, 0, 0.0], "rule_negative") for number in (30, 31)]
+
+    falsifier = FalsifierConfig(num_finalists=2, num_valid=7)
+    arm = TREE.model_copy(update={"falsifier": falsifier, "depth": 0})
+    scores = {"broad": (0.7, 0.9), "narrow": (0.6, 0.8)}
+    search = await search_feature(one(arm, Judge(scores), proposer(["broad", "narrow"]), silent))
+    assert asked == [(["broad", "narrow"], "valid", 7)]
+    assert search.winner().explanation == (Rule("narrow", 5),) and search.winner().final_score == 0.6
+    assert search.nodes[1].valid_score == 0.9
 
 
 async def test_without_an_llm_the_tree_keeps_its_lexical_root():

@@ -161,7 +161,7 @@ def load_records(tables: Tables, feature: FeatureId, splits: Sequence[str]) -> d
 
 def displayed(activations: Float[np.ndarray, "seq"]) -> list[int]:
     """What an LLM is shown: 0 for an exact zero, else 1-5, so that a weak activation is never hidden."""
-    return [0 if a == 0 else int(np.clip(round(float(a)), 1, MAX_STRENGTH)) for a in activations]
+    return [0 if a == 0 else min(max(round(a), 1), MAX_STRENGTH) for a in activations.tolist()]
 
 
 def shard_order(corpus: Corpus) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "shards"]]:

@@ -17,6 +17,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -669,13 +670,16 @@ class FragmentCommitter:
 class Committer:
     """Gathers rows from many actors and appends them in groups: run as one Ray actor a run.
 
-    A small commit costs milliseconds and a manifest; a search produces rows every second for hours.
+    A small commit costs milliseconds and a manifest; a search produces rows every second for hours. A thread writes,
+    so that nobody who hands rows over waits for the disk, unless it cannot keep up.
     """
 
     def __init__(self, tables: Tables) -> None:
         self._tables = tables
         self._rows: dict[str, list[dict[str, Any]]] = {}
         self._num_appends: Counter[str] = Counter()
+        self._writer = ThreadPoolExecutor(1)
+        self._writing: tuple[Future[None], dict[str, list[dict[str, Any]]]] | None = None
         self._last_flush = time.monotonic()
 
     def add(self, rows: dict[str, list[dict[str, Any]]]) -> None:
@@ -683,18 +687,39 @@ class Committer:
         for table, new in rows.items():
             self._rows.setdefault(table, []).extend(new)
         if time.monotonic() - self._last_flush > COMMIT_SECONDS:
-            self.flush()
+            self._begin()
 
     def flush(self) -> None:
-        """Commits what is waiting. A winner goes after the nodes that led to it: its row marks the feature finished."""
-        for table in sorted(self._rows, key=_COMMIT_ORDER.index):
-            self._tables.append(table, self._rows[table])
+        """Commits what is waiting, and returns when it is done."""
+        self._begin()
+        self._wait()
+
+    def _begin(self) -> None:
+        self._wait()
+        rows, self._rows = self._rows, {}
+        self._writing = self._writer.submit(self._write, rows), rows
+        self._last_flush = time.monotonic()
+
+    def _wait(self) -> None:
+        """For the commit under way; where it fails, its rows wait for the next."""
+        if self._writing is None:
+            return
+        (writing, rows), self._writing = self._writing, None
+        try:
+            writing.result()
+        except Exception:
+            for table, old in rows.items():
+                self._rows[table] = old + self._rows.get(table, [])
+            raise
+
+    def _write(self, rows: dict[str, list[dict[str, Any]]]) -> None:
+        """A winner goes after the nodes that led to it: its row marks the feature as finished."""
+        for table in sorted(rows, key=_COMMIT_ORDER.index):
+            self._tables.append(table, rows[table])
             self._num_appends[table] += 1
             # A commit lists all fragments before it: left alone, a night of small commits costs its square.
             if self._num_appends[table] % COMMITS_BETWEEN_COMPACTIONS == 0:
                 self._tables.finish(table, in_use=True)
-        self._rows.clear()
-        self._last_flush = time.monotonic()
 
 
 _COMMIT_ORDER = ["llm_calls", "simulations", "candidates", "predictions", "test_records", "explanations", "scores"]

@@ -28,7 +28,7 @@ def dawdle() -> None:
 
     tables.COMMIT_SECONDS = 0.0
     tables.Tables.commit = and_pause(tables.Tables.commit)
-    tables.Committer.flush = and_pause(tables.Committer.flush)
+    tables.Committer._write = and_pause(tables.Committer._write)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import numpy as np
 from rayinterp.config import AnswerFormat, LLMConfig, OneShotConfig
 from rayinterp.corpus import stable_hash
 from rayinterp.explain.client import LLMError, LLMReply, LLMRequest, endpoint_of
-from rayinterp.explanation import Explanation, ParseError, parse_string, parse_structured
+from rayinterp.explanation import MAX_STRENGTH, Explanation, ParseError, parse_string, parse_structured
 from rayinterp.prompts import (
     AnswerForm,
     MarkedRecord,
@@ -191,7 +191,7 @@ def feedback(
 
 def _errors(record: ActivationRecord, predicted: Float[np.ndarray, "seq"]) -> list[TokenError]:
     """Tokens on which the two differ, in the text's order, the largest differences only; both shown alike."""
-    actual, guess = displayed(record.activations), [int(np.clip(round(float(p)), 0, 5)) for p in predicted]
+    actual, guess = displayed(record.activations), [min(max(round(p), 0), MAX_STRENGTH) for p in predicted.tolist()]
     differing = [i for i in range(len(actual)) if actual[i] != guess[i]]
     shown = sorted(sorted(differing, key=lambda i: -abs(actual[i] - guess[i]))[:MAX_ERRORS_SHOWN])
     return [TokenError(record.sequence.tokens[i], guess[i], actual[i]) for i in shown]

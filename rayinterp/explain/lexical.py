@@ -37,13 +37,10 @@ def word_spans(tokens: Sequence[str]) -> list[tuple[str, list[int]]]:
     A tokeniser may cut a word in pieces; a rule that quotes a piece would mean nothing to a reader.
     """
     text = "".join(tokens)
-    ends, end = [], 0
-    for token in tokens:
-        end += len(token)
-        ends.append(end)
+    token_of = [i for i, token in enumerate(tokens) for _ in token]
     spans = []
     for match in re.finditer(r"[^\W_]+(?:['’][^\W_]+)?|[^\w\s]+|_+", text):
-        inside = [i for i, token in enumerate(tokens) if ends[i] > match.start() and ends[i] - len(token) < match.end()]
+        inside = sorted(set(token_of[match.start() : match.end()]))
         spans.append((match[0].lower(), inside))
     return spans
 

@@ -122,8 +122,11 @@ class SearchActor:
         retriever: Any = None,
         connect: Connect = connect,
     ) -> None:
-        self._config, self._tables, self._committer = config, tables, committer
+        self._config, self._tables, self._outbox = config, tables, Outbox(committer)
         self._services = connect(config, tables, committer, keys, retriever)
+        self._restarted = ray.get_runtime_context().was_current_actor_reconstructed
+        if self._restarted:  # what was told to the one before is looked up, so it must be in the table
+            ray.get(committer.flush.remote())
         self._spent = Spent()
         self._stopping = False
 
@@ -135,10 +138,14 @@ class SearchActor:
         """Ends all searches between two steps; what they have found is kept."""
         self._stopping = True
 
-    async def explain(self, feature: FeatureId, arms: list[str], has_llm: bool, tolerant: bool) -> Explained:
+    async def explain(
+        self, feature: FeatureId, arms: list[str], has_llm: bool, fresh: bool, tolerant: bool
+    ) -> Explained:
         """Runs the named arms for one feature and hands their rows to the committer.
 
         Args:
+            fresh: Nothing has been asked about it before, so that the ledger need not be read. An actor that was
+                started anew cannot rely on it.
             tolerant: Go on without the LLM answers that fail. Else the arm that meets one has no explanation's row
                 and is left for another try.
         """
@@ -156,7 +163,9 @@ class SearchActor:
                 simulators[simulator] = simulators.get(simulator) or self._counting(simulator)
             propose = None
             if isinstance(arm, OneShotConfig):
-                ledgers[arm.llm] = ledgers.get(arm.llm) or await self._ledger(arm.llm, feature)
+                ledgers[arm.llm] = ledgers.get(arm.llm) or await self._ledger(
+                    arm.llm, feature, fresh and not self._restarted
+                )
                 propose = await self._proposer(arm, ledgers[arm.llm], feature, records, tolerant)
             silent = self._silent(feature) if isinstance(arm, TreeConfig) and arm.falsifier else None
             one = prepare_search(arm, feature, records, simulators, propose, silent, self._config.seed)
@@ -199,8 +208,11 @@ class SearchActor:
         holistic = await asyncio.to_thread(read_holistic, self._tables, feature) if arm.holistic else {}
         return llm_proposer(call, llm, arm, feature, records["train"], holistic, self._config.seed)
 
-    async def _ledger(self, llm: str, feature: FeatureId) -> Ledger:
-        rows = await asyncio.to_thread(self._tables.read, "llm_calls", None, f"feature_key = '{feature}'")
+    async def _ledger(self, llm: str, feature: FeatureId, fresh: bool) -> Ledger:
+        rows: list[dict[str, Any]] = []
+        if not fresh:
+            table = await asyncio.to_thread(self._tables.read, "llm_calls", None, f"feature_key = '{feature}'")
+            rows = table.to_pylist()
         generate, config = self._services.llms[llm], self._config.llms[llm]
 
         async def counted(request: LLMRequest, feature_key: str) -> LLMReply:
@@ -210,9 +222,9 @@ class SearchActor:
             return reply
 
         async def write(row: dict[str, Any]) -> None:
-            await self._committer.add.remote({"llm_calls": [row]})
+            await self._outbox.add({"llm_calls": [row]})
 
-        return Ledger(counted, config, rows.to_pylist(), write)
+        return Ledger(counted, config, rows, write)
 
     def _silent(self, feature: FeatureId) -> Silent:
         retrieve = self._services.retrieve
@@ -226,10 +238,32 @@ class SearchActor:
         return silent
 
     async def _commit_nodes(self, candidates: list[dict[str, Any]]) -> None:
-        await self._committer.add.remote({"candidates": candidates})
+        await self._outbox.add({"candidates": candidates})
 
     async def _commit(self, candidates: list[dict[str, Any]], explanation: dict[str, Any]) -> None:
-        await self._committer.add.remote({"candidates": candidates, "explanations": [explanation]})
+        await self._outbox.add({"candidates": candidates, "explanations": [explanation]})
+
+
+class Outbox:
+    """Hands the rows of all searches to the committer; while one message is on its way, the next is gathered."""
+
+    def __init__(self, committer: Any) -> None:
+        self._committer = committer
+        self._rows: dict[str, list[dict[str, Any]]] = {}
+        self._next: asyncio.Future[None] | None = None
+        self._sending = asyncio.Lock()
+
+    async def add(self, rows: dict[str, list[dict[str, Any]]]) -> None:
+        """Returns when the committer has them."""
+        for table, new in rows.items():
+            self._rows.setdefault(table, []).extend(new)
+        self._next = self._next or asyncio.ensure_future(self._send())
+        await asyncio.shield(self._next)
+
+    async def _send(self) -> None:
+        async with self._sending:
+            rows, self._rows, self._next = self._rows, {}, None
+            await self._committer.add.remote(rows)
 
 
 class Explained(NamedTuple):
@@ -352,6 +386,12 @@ def why_not(records: dict[str, list[ActivationRecord]], over_budget: bool) -> st
 
 def llms_used(config: RunConfig) -> set[str]:
     return {arm.llm for arm in config.explainers.values() if isinstance(arm, OneShotConfig)}
+
+
+def llm_keys(config: RunConfig) -> dict[str, SecretStr]:
+    """Of the endpoints, to be handed to actors: elsewhere they lack the driver's environment, and a runtime environment
+    is shown to all."""
+    return {n: api_key(config.llms[n]) for n in llms_used(config) if config.llms[n].provider == "openai"}
 
 
 def make_client(name: str, config: RunConfig, key: SecretStr | None) -> Generate:
@@ -491,10 +531,9 @@ class _Driver:
         self._config, self._tables, self._committer = config, tables, committer
         self._progress, self._over_budget = progress, over_budget
         resources = config.resources.search
-        # As an argument: actors elsewhere lack the driver's environment, and a runtime environment is shown to all.
-        keys = {n: api_key(config.llms[n]) for n in llms_used(config) if config.llms[n].provider == "openai"}
+        keys = llm_keys(config)
         falsifies = any(isinstance(arm, TreeConfig) and arm.falsifier for arm in config.explainers.values())
-        self._retriever = _start_retriever(config, tables) if falsifies else None
+        self._retriever = start_retriever(config, tables) if falsifies else None
         actor = ray.remote(SearchActor).options(
             num_cpus=resources.num_cpus, max_concurrency=config.resources.searches_per_actor + 2, max_restarts=-1
         )
@@ -508,6 +547,7 @@ class _Driver:
     def run(self, left: dict[FeatureId, list[str]], features: list[FeatureId]) -> str | None:
         """Explains what is left; returns the failure that ended it early, if one did."""
         affordable = features_with_llm(self._config, features)
+        asked_about = self._tables.distinct("llm_calls", "feature_key")
         queue = deque(_Task(feature, arms, 0) for feature, arms in left.items())
         status = Status(len(features), len(features) - len(left))
         failure: str | None = None
@@ -519,7 +559,9 @@ class _Driver:
             while queue and self._may_submit():
                 task, actor = queue.popleft(), self._idle.pop()
                 tolerant = task.tries + 1 >= MAX_TRIES and status.spent.calls > 0
-                arguments = (task.feature, task.arms, task.feature in affordable, tolerant)
+                fresh = str(task.feature) not in asked_about
+                asked_about.add(str(task.feature))
+                arguments = (task.feature, task.arms, task.feature in affordable, fresh, tolerant)
                 self._running[actor.explain.options(max_task_retries=MAX_DEATHS).remote(*arguments)] = task, actor
             for task, done in self._wait():
                 status.take(done.valid_scores, finished=done.failure is None)
@@ -563,6 +605,7 @@ class _Driver:
         if calls > self._calls:  # others are answered
             self._failures_in_a_row, self._last_success, self._calls = 0, time.monotonic(), calls
         self._failures_in_a_row += 1
+        ray.get(self._committer.flush.remote())  # so that the next try finds what this one was told
         down_for = time.monotonic() - self._last_success
         if self._failures_in_a_row >= MAX_FAILURES:
             if not calls or not done.transient or down_for > self._config.resources.max_outage_seconds:
@@ -589,7 +632,8 @@ class _Driver:
             ray.get(self._committer.add.remote({"explanations": rows}))
 
 
-def _start_retriever(config: RunConfig, tables: Tables) -> Any:
+def start_retriever(config: RunConfig, tables: Tables) -> Any:
+    """The falsifiers' one retriever."""
     resources = config.resources.index
     actor = ray.remote(SharedRetriever).options(
         num_cpus=resources.num_cpus, num_gpus=resources.num_gpus, max_restarts=-1, max_task_retries=-1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import statistics
 import time
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import RayActorError
 
 POLL_SECONDS = 2.0
 """Between two looks at what the actors have spent."""
@@ -40,20 +41,30 @@ class Account:
     def __init__(self, actors: Sequence[Any]) -> None:
         self._actors = list(actors)
         self._before, self._now = [Spent() for _ in actors], [Spent() for _ in actors]
-        self._read_at = 0.0
+        self._asked: dict[Any, int] = {}
+        """Questions under way, and the actor's place: a driver that waited for a busy actor would leave others idle."""
+        self._asked_at = 0.0
 
     def read(self, at_once: bool = False) -> Spent:
-        """The sum, at most `POLL_SECONDS` old; an actor that does not answer counts as it last did."""
-        if at_once or time.monotonic() - self._read_at > POLL_SECONDS:
-            for i, reference in enumerate([actor.spent.remote() for actor in self._actors]):
-                self._take(i, reference)
-            self._read_at = time.monotonic()
+        """The sum, as the actors last said; they are asked every `POLL_SECONDS`.
+
+        Args:
+            at_once: Ask now, and wait a moment for the answers.
+        """
+        if at_once or time.monotonic() - self._asked_at > POLL_SECONDS:
+            waited_for = set() if at_once else set(self._asked.values())
+            self._asked |= {a.spent.remote(): i for i, a in enumerate(self._actors) if i not in waited_for}
+            self._asked_at = time.monotonic()
+        if self._asked:
+            timeout = POLL_SECONDS if at_once else 0
+            for reference in ray.wait(list(self._asked), num_returns=len(self._asked), timeout=timeout)[0]:
+                self._take(self._asked.pop(reference), reference)
         return sum([*self._before, *self._now], Spent())
 
     def _take(self, i: int, reference: Any) -> None:
         try:
-            spent: Any = ray.get(reference, timeout=POLL_SECONDS)
-        except (RayActorError, GetTimeoutError):
+            spent: Any = ray.get(reference)
+        except RayActorError:
             return
         if spent.pairs < self._now[i].pairs or spent.calls < self._now[i].calls:
             self._before[i] = self._before[i] + self._now[i]
@@ -73,7 +84,8 @@ class Status:
         """One feature has come to its end, or has failed for now."""
         self.done += finished
         self.failed += not finished
-        self._scores += valid_scores
+        for score in valid_scores:
+            bisect.insort(self._scores, score)
 
     def figures(self, pending: int, running: int, stopped_by: str | None) -> dict[str, str]:
         """By name, for a table or a line."""
@@ -81,7 +93,7 @@ class Status:
         shown = {
             "features": f"{pending} pending, {running} running, {self.done} done",
             "tried again": str(self.failed) if self.failed else "",
-            "valid score": f"median {statistics.median(self._scores):.2f}, best {max(self._scores):.2f}"
+            "valid score": f"median {statistics.median(self._scores):.2f}, best {self._scores[-1]:.2f}"
             if self._scores
             else "",
             "LLM calls": f"{self.spent.calls:,}" if self.spent.calls else "",

@@ -9,6 +9,7 @@ models or Ray: an engine is anything with `simulate`, and an LLM engine anything
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from functools import reduce
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -86,7 +87,7 @@ def combine(explanation: Explanation, per_rule_predictions: list[list[Prediction
     assert len(explanation) == len(per_rule_predictions), (len(explanation), len(per_rule_predictions))
     weights = [np.float32(rule.strength / MAX_STRENGTH) for rule in explanation]
     return [
-        np.max([weight * prediction for weight, prediction in zip(weights, of_sequence, strict=True)], axis=0)
+        reduce(np.maximum, [weight * prediction for weight, prediction in zip(weights, of_sequence, strict=True)])
         for of_sequence in zip(*per_rule_predictions, strict=True)
     ]
 

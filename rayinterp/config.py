@@ -324,9 +324,9 @@ class FalsifierConfig(_Section):
 
     num_drawn: int = Field(default=10, gt=0)
     """Sequences, nearest to a candidate's own words, on which it is tried."""
-    num_added: int = Field(default=2, gt=0)
+    num_added: int = Field(default=2, ge=0)
     """Of all that were drawn in a round, so many that are predicted most wrongly are added; all candidates in the
-    running are then scored again."""
+    running are then scored again. 0: nothing is drawn, the finalists alone are attacked."""
     num_finalists: int = Field(default=4, ge=0)
     """Before the winner is chosen, so many of the best on valid are attacked there too: silent valid sequences that
     sound like any of them join valid, for all of them. 0 leaves valid as it is."""

@@ -22,6 +22,7 @@ from rayinterp.config import (
     RunConfig,
     SimulatorConfig,
     TreeConfig,
+    looks_of,
     simulators_of,
 )
 from rayinterp.simulate.simulator import CONTROL_NULLS, NULL_EXPLANATIONS
@@ -415,14 +416,14 @@ def search_work(config: RunConfig, num_features: float) -> dict[str, Work]:
     for arm in config.explainers.values():
         features = features_with_llm(config, num_features) if isinstance(arm, OneShotConfig) else num_features
         rules = arm.rule_cap if isinstance(arm, LexicalConfig) or arm.structured else 1
-        cascade = arm.cascade if isinstance(arm, TreeConfig) else None
+        looks = looks_of(arm)
         for round_, num_nodes in enumerate(nodes_per_round(arm)):
             new_rules = rules * (_value("new rules") if round_ and rules > 1 else 1)
-            kept = num_nodes
-            if cascade:
-                pairs[cascade.simulator] += features * num_nodes * new_rules * train
-                kept = cascade.audit * num_nodes + (1 - cascade.audit) * min(num_nodes, cascade.keep)
+            looked_at, kept = looked_at_and_kept(arm, num_nodes, train)
+            if looks:
+                pairs[looks[1]] += features * new_rules * looked_at
             pairs[arm.simulator] += features * kept * new_rules * (train + valid)
+        pairs[arm.simulator] += features * rules * falsified(arm)
         for simulator in simulators_of(arm):
             reached[simulator] = _largest(reached.get(simulator, 0), features)
     work = {}
@@ -431,6 +432,29 @@ def search_work(config: RunConfig, num_features: float) -> dict[str, Work]:
         sequences = features * (train + valid)
         work[name] = Work(pairs[name] + (nulls * sequences if nulls else 0), sequences)
     return work
+
+
+def looked_at_and_kept(
+    arm: LexicalConfig | OneShotConfig | TreeConfig, num_nodes: int, train: float
+) -> tuple[float, float]:
+    """Of one round: (candidate, record) pairs of its cheap looks, and candidates that are scored."""
+    if not isinstance(arm, TreeConfig) or not looks_of(arm):
+        return 0, num_nodes
+    if arm.cascade:
+        audit, keep = arm.cascade.audit, arm.cascade.keep
+        return num_nodes * train, audit * num_nodes + (1 - audit) * min(num_nodes, keep)
+    eta, looks = arm.halving.eta, range(arm.halving.num_looks)
+    looked_at = sum(num_nodes / eta**look * _smallest(train, arm.halving.num_records * eta**look) for look in looks)
+    return looked_at, num_nodes / eta**arm.halving.num_looks
+
+
+def falsified(arm: LexicalConfig | OneShotConfig | TreeConfig) -> float:
+    """(candidate, record) pairs of a whole search on what its falsifier draws."""
+    if not isinstance(arm, TreeConfig) or not arm.falsifier:
+        return 0
+    falsifier, finalists = arm.falsifier, arm.falsifier.num_finalists
+    tried = arm.depth * arm.width**2 * falsifier.num_drawn if falsifier.num_added else 0
+    return tried + finalists**2 * falsifier.num_valid
 
 
 class Simulated(NamedTuple):

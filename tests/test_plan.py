@@ -185,6 +185,17 @@ def test_a_cascade_spares_the_simulator():
     assert spared < whole / 2 < whole < all_audited  # the first look is paid for too
 
 
+def test_halving_spares_pairs_and_a_falsifier_takes_some():
+    tree = {"method": "tree", "llm": "writer", "simulator": "judge"}
+    halving = {**tree, "strategy": "successive_halving", "halving": {"simulator": "late", "num_looks": 1}}
+    falsified = {**tree, "falsifier": {"num_drawn": 10, "num_finalists": 4, "num_valid": 5}}
+    counts = [stages(explainers={"tree": arm})["explain"].num_pairs for arm in (tree, halving, falsified)]
+    whole, halved, attacked = counts
+    assert halved < whole
+    # 3 rounds of 3 candidates on 3 x 10 records, then 4 finalists on 4 x 5: with 5 rules each, on 100 features.
+    assert attacked - whole == pytest.approx((3 * 3 * 30 + 4 * 20) * 5 * 100)
+
+
 def test_budgets_of_a_grader_cap_its_pairs():
     judge = {"engine": "transformers", "model": "j", "max_pairs": 300}
     only = {"simulators": ["judge"]}

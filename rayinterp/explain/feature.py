@@ -75,7 +75,7 @@ def settings_of(arm: Arm, has_llm: bool, audited: bool = False) -> SearchSetting
         arm.depth if has_llm else 0,
         arm.stop_score,
         "best_first" if arm.strategy == "best_first" else "beam",
-        falsify=arm.falsifier is not None,
+        falsify=arm.falsifier is not None and arm.falsifier.num_added > 0,
     )
     if arm.cascade:
         return settings._replace(num_looks=1, keep=_EVERYTHING if audited else arm.cascade.keep)

@@ -51,11 +51,13 @@ WIDE_HALVING = HALVING.model_copy(update={"num_llm_roots": 12, "branching_factor
 FALSIFIED = {"falsifier": FalsifierConfig(num_finalists=0)}
 JUDGED = {"falsifier": FalsifierConfig()}
 """The finalists are attacked on valid too."""
+ONLY_JUDGED = {"falsifier": FalsifierConfig(num_added=0)}
 METHODS: dict[str, Arm] = {
     "one_shot": OneShotConfig(llm="blind", simulator="oracle"),
     "best of 24": BEAM.model_copy(update={"num_llm_roots": NUM_CALLS, "depth": 0}),
     "beam": BEAM,
     "beam, falsifier": BEAM.model_copy(update=FALSIFIED),
+    "beam, finalists": BEAM.model_copy(update=ONLY_JUDGED),
     "beam, falsifier, finalists": BEAM.model_copy(update=JUDGED),
     "best_first": BEST_FIRST,
     "best_first, falsifier": BEST_FIRST.model_copy(update=FALSIFIED),
@@ -64,6 +66,7 @@ METHODS: dict[str, Arm] = {
     "halving, falsifier": HALVING.model_copy(update=FALSIFIED),
     "halving of 48": WIDE_HALVING,
     "halving of 48, falsifier": WIDE_HALVING.model_copy(update=FALSIFIED),
+    "halving of 48, finalists": WIDE_HALVING.model_copy(update=ONLY_JUDGED),
     "halving of 48, falsifier, finalists": WIDE_HALVING.model_copy(update=JUDGED),
 }
 CHOICES = ("valid", "near ties by train", "valid + falsifiers", "valid + train")

@@ -7,12 +7,13 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Annotated
+from typing import Annotated, Any
 
 import fsspec
 import typer
+import yaml
 from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import (
@@ -275,6 +276,44 @@ def report(config: ConfigPath, overrides: Overrides = None) -> None:
     run_stages(config, overrides, ("report",))
 
 
+@app.command()
+def tune(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    arm: Annotated[str, typer.Option(help="the tree explainer whose settings are tried")] = "tree",
+    num_samples: Annotated[int, typer.Option(min=1, help="settings to try")] = 20,
+    features: Annotated[int, typer.Option(min=1, help="features on which they are tried, none of the run's own")] = 8,
+) -> None:
+    """Try settings of a tree search on features that the run does not use."""
+    run_config = load_config(config, overrides)
+    _quiet()
+    from rayinterp.run import connected
+    from rayinterp.tune import tune_search
+
+    with ExitStack() as stack:
+        with console.status("starting Ray"):
+            stack.enter_context(connected(run_config))
+        display = stack.enter_context(_Bars()) if console.is_terminal else _Lines()
+        display.begin("tune")
+        tuned = tune_search(run_config, arm, num_samples, features, display.advance_to)
+        display.end(f"{len(tuned.trials)} trials")
+    _show_trials(tuned.metric, tuned.trials)
+    console.print(f"\nThe best of them, to paste into {config}:\n")
+    settings = yaml.safe_dump({"explainers": {arm: tuned.best["settings"]}}, sort_keys=False)
+    console.print(settings, markup=False, highlight=False)
+    console.print(f"All of it is in [bold]{run_config.run_dir.rstrip('/')}-tune/tune.json[/bold].", soft_wrap=True)
+
+
+def _show_trials(metric: str, trials: list[dict[str, Any]]) -> None:
+    table = Table(*trials[0]["settings"], "features", "valid score", "tokens", "cost", metric)
+    for trial in trials:
+        cost = "" if trial["usd"] is None else f"${trial['usd']:.4f}"
+        done = str(trial["num_features"]) + ("" if trial["finished"] else ", stopped")
+        figures = (done, f"{trial['valid_score']:.3f}", f"{trial['tokens']:,}", cost, f"{trial['objective']:.3g}")
+        table.add_row(*map(str, trial["settings"].values()), *figures)
+    console.print(table)
+
+
 @contextmanager
 def _readable_errors() -> Iterator[None]:
     """The user's own mistakes are one message; ours keep their traceback."""
@@ -291,6 +330,12 @@ def main() -> None:
     """The `rayinterp` command."""
     with _readable_errors():
         app(standalone_mode=True)
+
+
+def main_command(command: Callable[..., None]) -> None:
+    """What a job with options of its own runs."""
+    with _readable_errors():
+        typer.run(command)
 
 
 def main_job(stages: tuple[str, ...]) -> None:

@@ -623,6 +623,11 @@ def simulators_of(explainer: ExplainerConfig) -> list[str]:
     return list(dict.fromkeys([explainer.simulator, *([looks[1]] if looks else [])]))
 
 
+def llms_used(config: RunConfig) -> set[str]:
+    """LLM arms that an explainer asks."""
+    return {arm.llm for arm in config.explainers.values() if isinstance(arm, OneShotConfig)}
+
+
 def looks_of(explainer: ExplainerConfig) -> tuple[str, str] | None:
     """The section that asks for cheap looks, and the simulator arm that takes them; None where there are none."""
     if not isinstance(explainer, TreeConfig):

@@ -21,11 +21,11 @@ from rayinterp.config import (
     RunConfig,
     TransformersSimulatorConfig,
     VllmSimulatorConfig,
+    llms_used,
 )
 from rayinterp.documents import list_files
 from rayinterp.errors import UserError
 from rayinterp.explain.client import api_key
-from rayinterp.explain.runner import llms_used
 from rayinterp.harvest import choose_features, sae_sources
 from rayinterp.hook_points import check_module, parse_hook_point
 from rayinterp.index import embedder_path

@@ -30,6 +30,7 @@ from rayinterp.config import (
     RunConfig,
     StageResources,
     differing_fields,
+    llms_used,
     service_name,
     simulators_of,
     to_yaml,
@@ -37,15 +38,8 @@ from rayinterp.config import (
 from rayinterp.corpus import run_corpus
 from rayinterp.errors import UserError
 from rayinterp.explain.local import deploy_llm
-from rayinterp.explain.runner import (
-    arm_ids,
-    arms_left,
-    dollars_spent,
-    live_features,
-    llms_used,
-    reopen,
-    run_explain,
-)
+from rayinterp.explain.rows import arm_ids
+from rayinterp.explain.runner import arms_left, dollars_spent, live_features, reopen, run_explain
 from rayinterp.grade import run_score
 from rayinterp.grade_plan import plan_score
 from rayinterp.harvest import run_harvest

@@ -22,19 +22,11 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import BasicVariantGenerator
 
-from rayinterp.config import RunConfig, TreeConfig, simulators_of
+from rayinterp.config import RunConfig, TreeConfig, llms_used, simulators_of
 from rayinterp.errors import UserError
-from rayinterp.explain.runner import (
-    Connect,
-    SearchActor,
-    arm_ids,
-    arms_left,
-    connect,
-    live_features,
-    llm_keys,
-    llms_used,
-    start_retriever,
-)
+from rayinterp.explain.actor import Connect, SearchActor, connect, llm_keys
+from rayinterp.explain.rows import arm_ids
+from rayinterp.explain.runner import arms_left, live_features, start_retriever
 from rayinterp.preflight import prepare
 from rayinterp.progress import Progress, silent
 from rayinterp.run import deploy, open_run, run_stage, start_committer

@@ -26,8 +26,9 @@ import pyarrow as pa
 import ray
 
 from rayinterp.config import RunConfig, load_config
+from rayinterp.explain.actor import Services
 from rayinterp.explain.client import LLMReply, LLMRequest
-from rayinterp.explain.runner import Services, run_explain
+from rayinterp.explain.runner import run_explain
 from rayinterp.explanation import Rule
 from rayinterp.planted import FEATURES, RULES, SAE, VOCABULARY, documents, fires
 from rayinterp.run import start_committer

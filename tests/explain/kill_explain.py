@@ -16,8 +16,9 @@ from typing import Any
 import ray
 
 from rayinterp.config import RunConfig
+from rayinterp.explain.actor import Services
 from rayinterp.explain.client import LLMReply, LLMRequest
-from rayinterp.explain.runner import Services, run_explain
+from rayinterp.explain.runner import run_explain
 from rayinterp.planted import FEATURES, RULES, OracleSimulator
 from rayinterp.run import start_committer
 from rayinterp.simulate.simulator import RuleRequest

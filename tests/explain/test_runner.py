@@ -8,21 +8,10 @@ import ray
 
 from rayinterp.errors import UserError
 from rayinterp.explain import runner
+from rayinterp.explain.actor import Services, make_client
 from rayinterp.explain.client import LLMError, LLMReply
-from rayinterp.explain.runner import (
-    NodeCommitter,
-    Services,
-    arm_ids,
-    arms_left,
-    calls_per_feature,
-    explanation_row,
-    features_with_llm,
-    live_features,
-    make_client,
-    reopen,
-    run_explain,
-    why_not,
-)
+from rayinterp.explain.rows import NodeCommitter, arm_ids, explanation_row, why_not
+from rayinterp.explain.runner import arms_left, calls_per_feature, features_with_llm, live_features, reopen, run_explain
 from rayinterp.explain.search import SearchSettings, TreeSearch
 from rayinterp.explain.status import Account, Spent, Status
 from rayinterp.explanation import Rule

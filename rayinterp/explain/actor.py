@@ -1,0 +1,265 @@
+"""The search actor: several features at a time, everything that they wait for, and where their rows go.
+
+SearchActor --propose--> LLM, through the ledger `llm_calls`
+            --evaluate--> simulator, through `simulations`
+            --falsify--> the one retriever
+            --rows--> outbox --> committer
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any, NamedTuple
+
+import ray
+from pydantic import SecretStr
+
+from rayinterp.config import OneShotConfig, RunConfig, TreeConfig, llms_used, service_name, simulators_of
+from rayinterp.explain.client import (
+    Generate,
+    Ledger,
+    LLMError,
+    LLMReply,
+    LLMRequest,
+    api_key,
+    limited,
+    openai_client,
+    price,
+    scripted_client,
+)
+from rayinterp.explain.feature import Propose, Silent, llm_proposer, prepare_search, search_feature
+from rayinterp.explain.local import served_client
+from rayinterp.explain.rows import NodeCommitter, arm_ids, explanation_row, why_not
+from rayinterp.explain.status import Spent
+from rayinterp.explanation import Explanation
+from rayinterp.holistic import read_holistic
+from rayinterp.records import ActivationRecord, load_records
+from rayinterp.retrieve import SilentRequest
+from rayinterp.simulate.client import SimulatorClient
+from rayinterp.simulate.simulator import RuleRequest, SimulateAsync
+from rayinterp.subject import FeatureId
+from rayinterp.tables import Tables
+
+RetrieveSilent = Callable[[list[SilentRequest]], Awaitable[list[list[ActivationRecord]]]]
+
+
+class Services(NamedTuple):
+    """What a search actor talks to."""
+
+    simulators: dict[str, Callable[[], SimulateAsync]]
+    """By arm: what simulates the sequences of one feature."""
+    llms: dict[str, Generate]
+    """By arm."""
+    retrieve: RetrieveSilent | None
+    """None where no arm has a falsifier."""
+
+
+Connect = Callable[[RunConfig, Tables, Any, dict[str, SecretStr], Any], Services]
+"""Makes them within the actor, of the committer, the keys and the retriever."""
+
+
+def connect(config: RunConfig, tables: Tables, committer: Any, keys: dict[str, SecretStr], retriever: Any) -> Services:
+    """Serve handles, endpoints and the retriever's handle."""
+    names = {name for arm in config.explainers.values() for name in simulators_of(arm)}
+    simulators = {name: SimulatorClient(name, config, tables, committer).remembering for name in names}
+    llms = {name: make_client(name, config, keys.get(name)) for name in llms_used(config)}
+
+    async def retrieve(requests: list[SilentRequest]) -> list[list[ActivationRecord]]:
+        return await retriever.silent.remote(requests)
+
+    return Services(simulators, llms, retrieve if retriever else None)
+
+
+def llm_keys(config: RunConfig) -> dict[str, SecretStr]:
+    """Of the endpoints, to be handed to actors: elsewhere they lack the driver's environment, and a runtime environment
+    is shown to all."""
+    return {n: api_key(config.llms[n]) for n in llms_used(config) if config.llms[n].provider == "openai"}
+
+
+def make_client(name: str, config: RunConfig, key: SecretStr | None) -> Generate:
+    """The client of one LLM arm in one of the search actors, which share its limits; `key` where it has an endpoint."""
+    llm = config.llms[name]
+    if llm.provider == "local":
+        return served_client(service_name("llm", name, config))
+    if llm.provider == "scripted":
+        return scripted_client(llm)
+    assert key is not None, f"no key for {name}"
+    actors = config.resources.search.num_actors
+    rate = llm.requests_per_minute / actors if llm.requests_per_minute else None
+    return limited(openai_client(llm, key), max(llm.max_concurrency // actors, 1), rate)
+
+
+class CallFailedError(RuntimeError):
+    """A call failed for good, and the search with it; nothing is lost, and the feature may be tried again."""
+
+    def __init__(self, message: str, transient: bool) -> None:
+        super().__init__(message, transient)
+        self.transient = transient
+
+
+class SearchActor:
+    """Runs the searches of several features at a time; all waiting is asynchronous."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        tables: Tables,
+        committer: Any,
+        keys: dict[str, SecretStr],
+        retriever: Any = None,
+        connect: Connect = connect,
+    ) -> None:
+        self._config, self._tables, self._outbox = config, tables, Outbox(committer)
+        self._services = connect(config, tables, committer, keys, retriever)
+        self._restarted = ray.get_runtime_context().was_current_actor_reconstructed
+        if self._restarted:  # what was told to the one before is looked up, so it must be in the table
+            ray.get(committer.flush.remote())
+        self._spent = Spent()
+        self._stopping = False
+
+    async def spent(self) -> Spent:
+        """What this actor has asked for since it was started."""
+        return self._spent
+
+    async def stop(self) -> None:
+        """Ends all searches between two steps; what they have found is kept."""
+        self._stopping = True
+
+    async def explain(
+        self, feature: FeatureId, arms: list[str], has_llm: bool, fresh: bool, tolerant: bool
+    ) -> Explained:
+        """Runs the named arms for one feature and hands their rows to the committer.
+
+        Args:
+            fresh: Nothing has been asked about it before, so that the ledger need not be read. An actor that was
+                started anew cannot rely on it.
+            tolerant: Go on without the LLM answers that fail. Else the arm that meets one has no explanation's row
+                and is left for another try.
+        """
+        records = await asyncio.to_thread(load_records, self._tables, feature, ("train", "valid"))
+        simulators: dict[str, SimulateAsync] = {}
+        ledgers: dict[str, Ledger] = {}
+        best: list[float] = []
+        for name in arms:
+            arm, ids = self._config.explainers[name], arm_ids(self._config, name)
+            hopeless = why_not(records, isinstance(arm, OneShotConfig) and not has_llm)
+            if hopeless:
+                await self._commit([], explanation_row(feature, ids, None, hopeless))
+                continue
+            for simulator in simulators_of(arm):
+                simulators[simulator] = simulators.get(simulator) or self._counting(simulator)
+            propose = None
+            if isinstance(arm, OneShotConfig):
+                ledgers[arm.llm] = ledgers.get(arm.llm) or await self._ledger(
+                    arm.llm, feature, fresh and not self._restarted
+                )
+                propose = await self._proposer(arm, ledgers[arm.llm], feature, records, tolerant)
+            silent = self._silent(feature) if isinstance(arm, TreeConfig) and arm.falsifier else None
+            one = prepare_search(arm, feature, records, simulators, propose, silent, self._config.seed)
+            commit = NodeCommitter(feature, ids, self._commit_nodes)
+            try:
+                search = await search_feature(one, lambda: self._stopping, commit)
+            except CallFailedError as failure:
+                return Explained(best, str(failure.args[0]), failure.transient)
+            cut = self._stopping and any(node.status == "stopped" for node in search.nodes)
+            row = explanation_row(feature, ids, search, "budget" if cut else None, len(one.evaluator.falsifiers))
+            await self._commit(commit.rest(search), row)
+            best += [] if row["valid_score"] is None else [row["valid_score"]]
+        return Explained(best, None, False)
+
+    def _counting(self, simulator: str) -> SimulateAsync:
+        simulate = self._services.simulators[simulator]()
+
+        async def counted(requests: list[RuleRequest]) -> list[list[Any]]:
+            answers = await simulate(requests)
+            for request in requests:
+                self._spent.pairs += len(request.sequences)
+                self._spent.simulated_tokens += sum(len(sequence.tokens) for sequence in request.sequences)
+            return answers
+
+        return counted
+
+    async def _proposer(
+        self, arm: OneShotConfig, ledger: Ledger, feature: FeatureId, records: dict[str, Any], tolerant: bool
+    ) -> Propose:
+        async def call(request: LLMRequest, feature_key: str) -> tuple[LLMReply, float | None]:
+            try:
+                return await ledger(request, feature_key)
+            except LLMError as error:
+                self._spent.failed_calls += 1
+                if tolerant:
+                    raise
+                raise CallFailedError(str(error), error.transient) from None
+
+        llm = self._config.llms[arm.llm]
+        holistic = await asyncio.to_thread(read_holistic, self._tables, feature) if arm.holistic else {}
+        return llm_proposer(call, llm, arm, feature, records["train"], holistic, self._config.seed)
+
+    async def _ledger(self, llm: str, feature: FeatureId, fresh: bool) -> Ledger:
+        rows: list[dict[str, Any]] = []
+        if not fresh:
+            table = await asyncio.to_thread(self._tables.read, "llm_calls", None, f"feature_key = '{feature}'")
+            rows = table.to_pylist()
+        generate, config = self._services.llms[llm], self._config.llms[llm]
+
+        async def counted(request: LLMRequest, feature_key: str) -> LLMReply:
+            reply = await generate(request, feature_key)
+            self._spent.calls += 1
+            self._spent.usd += price(config, reply) or 0.0
+            return reply
+
+        async def write(row: dict[str, Any]) -> None:
+            await self._outbox.add({"llm_calls": [row]})
+
+        return Ledger(counted, config, rows, write)
+
+    def _silent(self, feature: FeatureId) -> Silent:
+        retrieve = self._services.retrieve
+        assert retrieve is not None, "a falsifier without a retriever"
+
+        async def silent(explanations: list[Explanation], split: str, count: int) -> list[ActivationRecord]:
+            texts = [tuple(rule.activates_on for rule in explanation) for explanation in explanations]
+            found = await retrieve([SilentRequest(feature, of_one, split, count) for of_one in texts])
+            return list({r.sequence.sequence_id: r for of_one in found for r in of_one}.values())
+
+        return silent
+
+    async def _commit_nodes(self, candidates: list[dict[str, Any]]) -> None:
+        await self._outbox.add({"candidates": candidates})
+
+    async def _commit(self, candidates: list[dict[str, Any]], explanation: dict[str, Any]) -> None:
+        await self._outbox.add({"candidates": candidates, "explanations": [explanation]})
+
+
+class Outbox:
+    """Hands the rows of all searches to the committer; while one message is on its way, the next is gathered."""
+
+    def __init__(self, committer: Any) -> None:
+        self._committer = committer
+        self._rows: dict[str, list[dict[str, Any]]] = {}
+        self._next: asyncio.Future[None] | None = None
+        self._sending = asyncio.Lock()
+
+    async def add(self, rows: dict[str, list[dict[str, Any]]]) -> None:
+        """Returns when the committer has them."""
+        for table, new in rows.items():
+            self._rows.setdefault(table, []).extend(new)
+        self._next = self._next or asyncio.ensure_future(self._send())
+        await asyncio.shield(self._next)
+
+    async def _send(self) -> None:
+        async with self._sending:
+            rows, self._rows, self._next = self._rows, {}, None
+            await self._committer.add.remote(rows)
+
+
+class Explained(NamedTuple):
+    """What became of one feature."""
+
+    valid_scores: list[float]
+    """Of the winners."""
+    failure: str | None
+    """Of an LLM call, where arms are left."""
+    transient: bool
+    """Whether that may pass by itself."""

@@ -25,7 +25,7 @@ from rayinterp.subject import FeatureId
 from rayinterp.tables import Tables
 from tests.conftest import planted_config
 
-SEARCH = "num_llm_roots: 2, width: 2, branching_factor: 2, depth: 4, stop_score: 1, strategy: best_first"
+SEARCH = "num_llm_roots: 2, width: 2, branching_factor: 2, depth: 6, stop_score: 1, strategy: best_first"
 TREE = f"method: tree, llm: knows, simulator: oracle, {SEARCH}"
 EXPLAINERS = f"explainers={{one: {{{TREE}}}, two: {{{TREE}, temperature: 0.7}}}}"
 COMPARED = ("candidates", "explanations", "llm_calls")

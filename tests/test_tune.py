@@ -33,6 +33,7 @@ def test_an_arm_with_a_cascade_keeps_it(tmp_path):
     assert space(arm)["strategy"] == ["beam", "best_first"]
 
 
+@pytest.mark.slow
 def test_settings_are_tried_and_what_is_paid_for_is_not_paid_for_again(ray_session, tmp_path):
     arguments = [str(CONFIGS / "planted.yaml"), f"run_dir={tmp_path / 'run'}", OTHERS, "corpus.num_sequences=1500"]
 

@@ -32,8 +32,9 @@ MAX_FAILURES = 5
 """Features in a row that an LLM fails on before it is taken to be down."""
 MAX_TRIES = 3
 """Of a feature on which calls fail while others succeed; the last one goes on without the answers that fail."""
-MAX_DEATHS = 10
-"""Of search actors with the same feature in hand: machines come and go, but a feature that kills its actor is a bug."""
+MAX_RESTARTS = 100
+"""Of a search actor whose process is lost. Its features are tried again without a limit of their own: while an actor is
+being started, tries fail by the second."""
 OUTAGE_PAUSE = 20.0
 """Seconds between attempts while an LLM is down."""
 UNFINISHED = ("budget", "no_budget")
@@ -171,7 +172,9 @@ class _Driver:
         falsifies = any(isinstance(arm, TreeConfig) and arm.falsifier for arm in config.explainers.values())
         self._retriever = start_retriever(config, tables) if falsifies else None
         actor = ray.remote(SearchActor).options(
-            num_cpus=resources.num_cpus, max_concurrency=config.resources.searches_per_actor + 2, max_restarts=-1
+            num_cpus=resources.num_cpus,
+            max_concurrency=config.resources.searches_per_actor + 2,
+            max_restarts=MAX_RESTARTS,
         )
         arguments = (config, tables, committer, keys, self._retriever, connect)
         self._actors = [actor.remote(*arguments) for _ in range(resources.num_actors)]
@@ -198,7 +201,7 @@ class _Driver:
                 fresh = str(task.feature) not in asked_about
                 asked_about.add(str(task.feature))
                 arguments = (task.feature, task.arms, task.feature in affordable, fresh, tolerant)
-                self._running[actor.explain.options(max_task_retries=MAX_DEATHS).remote(*arguments)] = task, actor
+                self._running[actor.explain.options(max_task_retries=-1).remote(*arguments)] = task, actor
             for task, done in self._wait():
                 status.take(done.valid_scores, finished=done.failure is None)
                 if done.failure is None:

@@ -26,8 +26,9 @@ from rayinterp.subject import FeatureId
 from rayinterp.tables import Tables
 from tests.conftest import planted_config
 
-TREE = "method: tree, llm: knows, simulator: oracle, num_llm_roots: 2, width: 2, branching_factor: 2, depth: 3"
-EXPLAINERS = f"explainers={{one: {{{TREE}, strategy: best_first}}, two: {{{TREE}, temperature: 0.7}}}}"
+SEARCH = "num_llm_roots: 2, width: 2, branching_factor: 2, depth: 6, stop_score: 1, strategy: best_first"
+TREE = f"method: tree, llm: knows, simulator: oracle, {SEARCH}"
+EXPLAINERS = f"explainers={{one: {{{TREE}}}, two: {{{TREE}, temperature: 0.7}}}}"
 COMPARED = ("candidates", "explanations", "llm_calls")
 
 

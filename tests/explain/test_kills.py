@@ -72,7 +72,7 @@ def test_killed_ten_times_driver_and_search_actors_in_turn(planted_run, tmp_path
         driver = psutil.Popen(command, env=environment, start_new_session=True)
         try:
             while len(kills) < 10:
-                wait_for(log, len(bill(log)) + rng.randint(3, 8), lambda driver=driver: driver.poll() is None)
+                wait_for(log, len(bill(log)) + rng.randint(3, 6), lambda driver=driver: driver.poll() is None)
                 time.sleep(rng.uniform(0, 0.5))
                 of_actor = len(kills) % 2 == 1
                 if of_actor:

@@ -35,6 +35,22 @@ def test_where_no_word_is_reliable_the_heaviest_is_taken():
     assert lexical_explanation(records, 5) == (Rule("the word 'a'", 1),)
 
 
+def sentence(words, bank):
+    return record(*((f" {word}", bank if word == "bank" else 0.0) for word in words.split()))
+
+
+def test_a_word_that_fires_only_after_others_is_explained_by_them():
+    fires = [sentence("the river has a bank", 5.0)] * 4 + [sentence("a stream and its bank", 5.0)] * 3
+    silent = [sentence("the clerk has a bank near the river", 0.0), sentence("a house and its bank", 0.0)] * 5
+    assert lexical_explanation([*fires, *silent], 5) == (Rule("the word 'bank' soon after 'river', 'stream'", 5),)
+
+
+def test_a_context_that_is_seen_twice_is_luck():
+    fires = [record((" my", 0.0), (" bank", 5.0)), record((" my", 0.0), (" bank", 5.0))]
+    silent = [record((" a", 0.0), (" bank", 0.0)) for _ in range(9)]
+    assert lexical_explanation([*fires, *silent], 5) == (Rule("the word 'bank'", 1),)
+
+
 def test_silence_has_no_explanation():
     assert lexical_explanation([record((" a", 0.0))], 5) is None
 
@@ -51,3 +67,14 @@ def test_planted_word_lists_are_found(planted_run, feature):
     quoted = set(said.split("'")[1::2])
     assert quoted <= set(words)
     assert len(quoted) >= len(words) - 2
+
+
+def test_a_planted_context_is_found(planted_run):
+    from rayinterp.planted import GROUPS
+    from rayinterp.records import load_records
+    from rayinterp.subject import FeatureId
+
+    records = load_records(planted_run.tables, FeatureId("planted", 1), ("train",))["train"]
+    said = lexical_explanation(records, 5)[0].activates_on
+    assert said.startswith("the word 'bank'")
+    assert not said.count("after") or set(said.split("'")[3::2]) & set(GROUPS["river"])

@@ -42,8 +42,8 @@ def pick(records: list[ActivationRecord], count: int) -> list[ActivationRecord]:
     return active + [r for r in records if r.activations.max() == 0][:count]
 
 
-def main(feature_index: int | None = None, console: Console | None = None) -> float | None:
-    """Explains one feature (by default the one that is active in most sequences without being everywhere)."""
+def main(feature_index: int = 47, console: Console | None = None) -> float | None:
+    """Explains one feature, by default a clear one."""
     console = console or Console()
     model = str(embedded.model_path(embedded.MODEL))
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -53,9 +53,6 @@ def main(feature_index: int | None = None, console: Console | None = None) -> fl
     subject = LanguageModelSubject(model, [sae], {sae.name: list(range(2048))})
     ids = torch.tensor([window for _, window in sequences])
     activations = torch.cat([subject.activations(batch)[sae.name] for batch in ids.split(64)])
-    if feature_index is None:
-        share = (activations > 0).any(1).float().mean(0)
-        feature_index = int(torch.where(share < 0.1, share, 0).argmax())
     feature = FeatureId(embedded.SAES[0], feature_index)
     values = activations[:, :, feature_index].numpy()
 
@@ -84,4 +81,4 @@ def main(feature_index: int | None = None, console: Console | None = None) -> fl
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else None)
+    main(*map(int, sys.argv[1:]))

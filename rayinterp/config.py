@@ -229,7 +229,7 @@ class LLMConfig(_Section):
     """Of connection errors, timeouts, rate limits and 5xx answers, half a second to 8 s apart or as the endpoint says;
     anything else is not retried."""
     max_concurrency: int = Field(default=32, gt=0)
-    """Calls under way at once in the whole run."""
+    """Calls under way at once in the whole run; each search actor may make at least one."""
     requests_per_minute: float | None = Field(default=None, gt=0)
     """Calls begun in a minute in the whole run, at even distances; retries come on top."""
     usd_per_million_prompt_tokens: float | None = None

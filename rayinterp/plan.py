@@ -379,7 +379,7 @@ def calls_of_a_feature(config: RunConfig) -> dict[str, Calls]:
             continue
         tree = arm if isinstance(arm, TreeConfig) else None
         opening = (arm.llm, arm.structured, arm.rule_cap, arm.few_shots, arm.num_records_shown, arm.temperature)
-        opening = (*opening, arm.max_tokens)
+        opening = (*opening, arm.max_tokens, arm.holistic, arm.num_negatives_shown)
         num_roots = tree.num_llm_roots if tree else 1
         new_roots = max(num_roots - roots_paid[opening], 0)
         roots_paid[opening] += new_roots
@@ -444,8 +444,10 @@ def looked_at_and_kept(
         audit, keep = arm.cascade.audit, arm.cascade.keep
         return num_nodes * train, audit * num_nodes + (1 - audit) * min(num_nodes, keep)
     eta, looks = arm.halving.eta, range(arm.halving.num_looks)
-    looked_at = sum(num_nodes / eta**look * _smallest(train, arm.halving.num_records * eta**look) for look in looks)
-    return looked_at, num_nodes / eta**arm.halving.num_looks
+    looked_at = sum(
+        -(-num_nodes // eta**look) * _smallest(train, arm.halving.num_records * eta**look) for look in looks
+    )
+    return looked_at, -(-num_nodes // eta**arm.halving.num_looks)
 
 
 def falsified(arm: LexicalConfig | OneShotConfig | TreeConfig) -> float:

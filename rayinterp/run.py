@@ -21,7 +21,7 @@ import fsspec
 import ray
 import yaml
 from ray import serve
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import RayServeException
 
 from rayinterp.config import (
@@ -208,8 +208,9 @@ def deploy(run: Run, simulators: set[str], llms: set[str]) -> None:
 
 
 def start_committer(tables: Tables) -> Any:
-    """The run's one writer of search results."""
-    return ray.remote(Committer).options(num_cpus=0, max_restarts=-1).remote(tables)
+    """The run's one writer of search results. Lost with what it holds, it is not started anew: the stage ends, and the
+    next run does again what was not durable."""
+    return ray.remote(Committer).options(num_cpus=0).remote(tables)
 
 
 def service_gpus(config: RunConfig) -> float | None:
@@ -313,7 +314,7 @@ def run_stage(run: Run, stage: str, progress: Progress = silent) -> dict[str, in
     """Does what is left of one stage; returns counts for people.
 
     Raises:
-        UserError: the stage before it has not run, or the budget is spent.
+        UserError: the stage before it has not run, the budget is spent, or a process was lost.
     """
     needed = _READS.get(stage)
     if needed and not run.tables.exists(needed):
@@ -324,8 +325,15 @@ def run_stage(run: Run, stage: str, progress: Progress = silent) -> dict[str, in
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # they would be drawn on top of ours
     context.raise_original_map_exception = True  # so that a worker's UserError reaches the user as one
-    with Meter(run.config, stage, lambda: service_gpus(run.config)) as meter:
-        counts = _RUNNERS[stage](run, meter.within_budget(progress, dollars_spent(run.tables)), meter)
+    try:
+        with Meter(run.config, stage, lambda: service_gpus(run.config)) as meter:
+            counts = _RUNNERS[stage](run, meter.within_budget(progress, dollars_spent(run.tables)), meter)
+    except RayActorError as error:
+        said = str(error).strip().splitlines()[-1]
+        raise UserError(
+            f"stage {stage} lost a process that it cannot go on without ({said}); what is committed is kept: run the "
+            "same command again"
+        ) from error
     if counts:
         write_manifest(run.config, {stage: counts})
     return counts

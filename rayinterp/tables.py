@@ -198,7 +198,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             _field("explainer", pa.string(), "Explainer arm, name@hash."),
             _field("simulator", pa.string(), "Simulator that guided the search, name@hash."),
             _field("explanation", pa.string(), "The winner as JSON; null where there is none."),
-            _field("train_score", pa.float32(), "Correlation on train records."),
+            _field("train_score", pa.float32(), "Correlation on train, as the falsifier left it."),
             _field(
                 "valid_score",
                 pa.float32(),
@@ -206,6 +206,8 @@ SCHEMAS: dict[str, pa.Schema] = {
             ),
             _field("num_candidates", pa.int32(), "Nodes of the search."),
             _field("num_falsifiers", pa.int32(), "Silent sequences that joined its train set."),
+            _field("finalists", _INT32S, "Nodes that were attacked on valid before the winner was chosen."),
+            _field("final_scores", _FLOATS, "Their correlations on valid with what sounds like any of them."),
             _field(
                 "status", pa.string(), "ok, no_records, no_positives, no_explanation, no_budget, or budget (cut short)."
             ),
@@ -687,6 +689,11 @@ class Committer:
         for table, new in rows.items():
             self._rows.setdefault(table, []).extend(new)
         if time.monotonic() - self._last_flush > COMMIT_SECONDS:
+            self._begin()
+
+    def tick(self) -> None:
+        """Commits what has waited long enough, though nothing more comes."""
+        if self._rows and time.monotonic() - self._last_flush > COMMIT_SECONDS:
             self._begin()
 
     def flush(self) -> None:

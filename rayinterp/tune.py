@@ -93,34 +93,38 @@ def tune_search(
     )  # fmt: skip
     resources = config.resources.search
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    with tempfile.TemporaryDirectory() as scratch:
-        tuner = tune.Tuner(
-            tune.with_resources(trial, {"cpu": resources.num_cpus}),
-            param_space={name: tune.choice(values) for name, values in space(_tree(base, arm)).items()},
-            tune_config=tune.TuneConfig(
-                metric="objective",
-                mode="max",
-                num_samples=num_samples,
-                max_concurrent_trials=resources.num_actors,
-                search_alg=BasicVariantGenerator(random_state=config.seed),
-                scheduler=ASHAScheduler(
-                    time_attr="num_features",
-                    max_t=len(features),
-                    grace_period=min(FEATURES_A_REPORT, len(features)),
-                    reduction_factor=2,
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            tuner = tune.Tuner(
+                tune.with_resources(trial, {"cpu": resources.num_cpus}),
+                param_space={name: tune.choice(values) for name, values in space(_tree(base, arm)).items()},
+                tune_config=tune.TuneConfig(
+                    metric="objective",
+                    mode="max",
+                    num_samples=num_samples,
+                    max_concurrent_trials=resources.num_actors,
+                    search_alg=BasicVariantGenerator(random_state=config.seed),
+                    scheduler=ASHAScheduler(
+                        time_attr="num_features",
+                        max_t=len(features),
+                        grace_period=min(FEATURES_A_REPORT, len(features)),
+                        reduction_factor=2,
+                    ),
                 ),
-            ),
-            run_config=tune.RunConfig(
-                storage_path=scratch, verbose=0, callbacks=[_Told(progress, num_samples * len(features))]
-            ),
-        )
-        results = tuner.fit()
-    for actor in filter(None, (committer, retriever)):
-        ray.kill(actor)
+                run_config=tune.RunConfig(
+                    storage_path=scratch, verbose=0, callbacks=[_Told(progress, num_samples * len(features))]
+                ),
+            )
+            results = tuner.fit()
+    finally:
+        ray.get(committer.flush.remote())
+        for actor in filter(None, (committer, retriever)):
+            ray.kill(actor)
     for table in ("llm_calls", "candidates", "explanations", "simulations"):
         run.tables.finish(table)
-    if not any(result.metrics for result in results):
-        raise UserError(f"every trial failed, the first with: {next(iter(results.errors), 'no error at all')}")
+    if results.errors:
+        said = str(results.errors[0]).strip().splitlines()[-1]
+        raise UserError(f"{len(results.errors)} of {num_samples} trials failed, the first with: {said}")
     tuned = Tuned(metric_of(base, arm), _ranked([r.metrics for r in results if r.metrics], len(features)))
     _write(run.config, {"arm": arm, "features": [str(feature) for feature in features], **tuned._asdict()})
     return tuned
@@ -208,8 +212,11 @@ def _trial(
         for done in range(FEATURES_A_REPORT, len(features) + FEATURES_A_REPORT, FEATURES_A_REPORT):
             block = features[max(done - FEATURES_A_REPORT, 0) : done]
             left = arms_left(config, tables, block)
-            await asyncio.gather(*(actor.explain(f, [arm], has_llm=True, fresh=False, tolerant=True) for f in left))
+            searches = (actor.explain(f, [arm], has_llm=True, fresh=False, tolerant=False) for f in left)
+            failures = [done.failure for done in await asyncio.gather(*searches) if done.failure]
             await committer.flush.remote()
+            if failures:  # left for the next call: what failed is no measure of the settings
+                raise UserError(f"LLM calls failed ({failures[0]}); what is paid is kept: run the same command again")
             tune.report({**measured(config, tables, arm, features[:done]), "settings": settings})
 
     asyncio.run(searches())

@@ -194,6 +194,18 @@ def test_committer_writes_the_nodes_before_the_winner(tmp_path, monkeypatch):
     assert written == [("llm_calls", 1), ("candidates", 2), ("explanations", 1)]
 
 
+def test_what_has_waited_is_committed_though_nothing_more_comes(tmp_path, monkeypatch):
+    tables = Tables(str(tmp_path))
+    committer = Committer(tables)
+    committer.add({"llm_calls": [call(1)]})
+    committer.tick()
+    assert tables.count("llm_calls") == 0
+    monkeypatch.setattr("rayinterp.tables.COMMIT_SECONDS", 0.0)
+    committer.tick()
+    committer.flush()
+    assert tables.count("llm_calls") == 1
+
+
 def test_ray_reads_the_same_rows(tmp_path, ray_session):
     tables = Tables(str(tmp_path))
     tables.append("llm_calls", [call(i) for i in range(5)])

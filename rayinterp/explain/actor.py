@@ -9,7 +9,7 @@ SearchActor --propose--> LLM, through the ledger `llm_calls`
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NamedTuple
 
 import ray
@@ -81,7 +81,7 @@ def make_client(name: str, config: RunConfig, key: SecretStr | None) -> Generate
     """The client of one LLM arm in one of the search actors, which share its limits; `key` where it has an endpoint."""
     llm = config.llms[name]
     if llm.provider == "local":
-        return served_client(service_name("llm", name, config))
+        return served_client(service_name("llm", name, config), config.resources.llm.timeout_seconds)
     if llm.provider == "scripted":
         return scripted_client(llm)
     assert key is not None, f"no key for {name}"
@@ -141,7 +141,7 @@ class SearchActor:
         simulators: dict[str, SimulateAsync] = {}
         ledgers: dict[str, Ledger] = {}
         best: list[float] = []
-        for name in arms:
+        for place, name in enumerate(arms):
             arm, ids = self._config.explainers[name], arm_ids(self._config, name)
             hopeless = why_not(records, isinstance(arm, OneShotConfig) and not has_llm)
             if hopeless:
@@ -161,12 +161,13 @@ class SearchActor:
             try:
                 search = await search_feature(one, lambda: self._stopping, commit)
             except CallFailedError as failure:
-                return Explained(best, str(failure.args[0]), failure.transient)
+                answered = sum(ledger.num_new for ledger in ledgers.values())
+                return Explained(best, answered, arms[place:], str(failure.args[0]), failure.transient)
             cut = self._stopping and any(node.status == "stopped" for node in search.nodes)
             row = explanation_row(feature, ids, search, "budget" if cut else None, len(one.evaluator.falsifiers))
             await self._commit(commit.rest(search), row)
             best += [] if row["valid_score"] is None else [row["valid_score"]]
-        return Explained(best, None, False)
+        return Explained(best, sum(ledger.num_new for ledger in ledgers.values()))
 
     def _counting(self, simulator: str) -> SimulateAsync:
         simulate = self._services.simulators[simulator]()
@@ -259,7 +260,11 @@ class Explained(NamedTuple):
 
     valid_scores: list[float]
     """Of the winners."""
-    failure: str | None
+    num_answered: int
+    """LLM calls that were answered now, and not by the ledger."""
+    left: Sequence[str] = ()
+    """Arms that are not finished."""
+    failure: str | None = None
     """Of an LLM call, where arms are left."""
-    transient: bool
+    transient: bool = False
     """Whether that may pass by itself."""

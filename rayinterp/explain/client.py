@@ -30,6 +30,8 @@ MAX_ANSWER_CHARACTERS = 20_000
 """What is kept of an answer. The longest explanation has about 6,000; an endpoint gone wrong sends megabytes."""
 MAX_QUOTED_CHARACTERS = 200
 """What an error quotes of a body that is no answer."""
+CHARACTERS_A_TOKEN = 3
+"""Where an endpoint does not count: few enough for a bill that is too high sooner than too low."""
 LONGEST_PAUSE_SECONDS = 120
 """The longest Retry-After that the openai package waits for."""
 
@@ -159,7 +161,8 @@ def openai_client(config: LLMConfig, key: SecretStr) -> Generate:
             # The error's own text may quote headers or the URL, so it is neither shown nor kept as a context.
             failure = _failure(error, request.model)
         else:
-            return read_body(answer.text, request.model, key)
+            reply = read_body(answer.text, request.model, key)
+            return reply if reply.prompt_tokens else estimated(reply, request)
         raise failure
 
     return generate
@@ -208,6 +211,13 @@ def read_body(body: str, model: str, key: SecretStr) -> LLMReply:
     return LLMReply(text, finish_reason, usage.prompt_tokens, usage.completion_tokens)
 
 
+def estimated(reply: LLMReply, request: LLMRequest) -> LLMReply:
+    """With token counts, for endpoints that give none: unpriced calls would pass every budget."""
+    asked = sum(len(message["content"]) for message in request.messages)
+    prompt_tokens, completion_tokens = (-(-count // CHARACTERS_A_TOKEN) for count in (asked, len(reply.text)))
+    return reply._replace(prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
+
+
 def limited(generate: Generate, num_slots: int, requests_per_minute: float | None = None) -> Generate:
     """The same client with at most so many calls under way, begun at even distances.
 
@@ -253,6 +263,8 @@ class Ledger:
         """
         self._generate, self._config, self._write = generate, config, write
         self._rows = {row["request_hash"]: row for row in remembered}
+        self.num_new = 0
+        """Calls that were made and answered."""
 
     async def __call__(self, request: LLMRequest, feature_key: str) -> tuple[LLMReply, float | None]:
         """The answer, and what it costs or once cost in dollars (None without a price)."""
@@ -260,6 +272,7 @@ class Ledger:
         if row is None:
             start = time.monotonic()
             reply = await self._generate(request, feature_key)
+            self.num_new += 1
             row = {
                 "request_hash": request.hash,
                 "feature_key": feature_key,

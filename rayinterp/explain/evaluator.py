@@ -1,6 +1,6 @@
 """What a search is told of its candidates: scores on train and valid of one feature, cheap looks, falsifiers.
 
-Knows simulators as functions, not Ray; a (rule, sequence) pair is predicted once per feature.
+Knows simulators as functions, not Ray; a (rule, sequence) pair is predicted once per search.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Evaluator:
     ) -> None:
         self.train = list(records["train"])
         """As it is now."""
-        self._valid, self._num_worst = records["valid"], num_worst
+        self.valid, self._num_worst = records["valid"], num_worst
         self._predictions = Predictions(simulate)
         self._looks = Predictions(look) if look else self._predictions
         self._look_records = look_records
@@ -84,7 +84,7 @@ class Evaluator:
 
     async def scores(self, explanations: Sequence[Explanation]) -> list[Evaluation]:
         """On train, as it is now, and valid."""
-        simulated = await self._predictions.of(explanations, [*self.train, *self._valid])
+        simulated = await self._predictions.of(explanations, [*self.train, *self.valid])
         return [self._evaluation(explanation, simulated) for explanation in explanations]
 
     async def looks(self, explanations: Sequence[Explanation], look: int) -> list[float | None]:
@@ -110,7 +110,7 @@ class Evaluator:
         self, explanations: Sequence[Explanation], silent: Sequence[ActivationRecord]
     ) -> list[float | None]:
         """On valid with silent records of valid documents added to it."""
-        records = [*self._valid, *silent]
+        records = [*self.valid, *silent]
         simulated = await self._predictions.of(explanations, records)
         return [evaluate(explanation, records, simulated)[0] for explanation in explanations]
 
@@ -123,7 +123,7 @@ class Evaluator:
         by_rule = {rule.activates_on: simulated[rule.activates_on] for rule in explanation}
         cut = len(self.train)
         train_score, predicted = evaluate(explanation, self.train, {r: p[:cut] for r, p in by_rule.items()})
-        valid_score, _ = evaluate(explanation, self._valid, {r: p[cut:] for r, p in by_rule.items()})
+        valid_score, _ = evaluate(explanation, self.valid, {r: p[cut:] for r, p in by_rule.items()})
         said = explainer.feedback(train_score, self.train, predicted, self._num_worst)
         return Evaluation(train_score, valid_score, said + self._falsified(predicted))
 

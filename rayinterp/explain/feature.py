@@ -53,12 +53,12 @@ class Search(NamedTuple):
     records: dict[str, list[ActivationRecord]]
     evaluator: Evaluator
     propose: Propose | None
-    """None where there is no LLM, or no budget for it."""
+    """None where the arm has no LLM."""
     silent: Silent | None = None
     """None where nothing falsifies."""
 
 
-def settings_of(arm: Arm, has_llm: bool, audited: bool = False) -> SearchSettings:
+def settings_of(arm: Arm, audited: bool = False) -> SearchSettings:
     """Every explainer is a search: one-shot and lexical are searches of a single root.
 
     Args:
@@ -66,13 +66,13 @@ def settings_of(arm: Arm, has_llm: bool, audited: bool = False) -> SearchSetting
     """
     if not isinstance(arm, TreeConfig):
         lexical = isinstance(arm, LexicalConfig)
-        return SearchSettings(0 if lexical or not has_llm else 1, lexical, 1, 1, 0, 1.0)
+        return SearchSettings(0 if lexical else 1, lexical, 1, 1, 0, 1.0)
     settings = SearchSettings(
-        arm.num_llm_roots if has_llm else 0,
+        arm.num_llm_roots,
         arm.lexical_root,
         arm.branching_factor,
         arm.width,
-        arm.depth if has_llm else 0,
+        arm.depth,
         arm.stop_score,
         "best_first" if arm.strategy == "best_first" else "beam",
         falsify=arm.falsifier is not None and arm.falsifier.num_added > 0,
@@ -115,7 +115,7 @@ def prepare_search(
     evaluator = Evaluator(
         records, simulators[arm.simulator], num_worst, simulators[looks[1]] if looks else None, looked
     )
-    return Search(arm, settings_of(arm, propose is not None, audited), records, evaluator, propose, silent)
+    return Search(arm, settings_of(arm, audited), records, evaluator, propose, silent)
 
 
 async def search_feature(
@@ -150,8 +150,13 @@ async def _take(one: Search, search: TreeSearch, steps: list[Step]) -> None:
     nodes = [search.nodes[step.node] for step in steps]
     action = steps[0].action
     if action == "propose":
-        for node, outcome in zip(nodes, await asyncio.gather(*(_outcome(one, search, n) for n in nodes)), strict=True):
-            search.explained(node.node, **outcome._asdict())
+        # All are waited for, also where one fails: what the others are told is paid for, and must reach the ledger.
+        outcomes = await asyncio.gather(*(_outcome(one, search, node) for node in nodes), return_exceptions=True)
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
+        for node, outcome in zip(nodes, outcomes, strict=True):
+            search.explained(node.node, **outcome._asdict())  # type: ignore[union-attr]
         return
     falsifier = _falsifier_of(one)
     if action == "rescore" and one.silent and falsifier:
@@ -181,8 +186,7 @@ async def falsify(evaluator: Evaluator, search: TreeSearch, silent: Silent, conf
     """Tries what is kept on silent sequences that sound like it; those predicted most wrongly join the train set."""
     explanations = [node.explanation for node in search.kept() if node.explanation is not None]
     drawn = await silent(explanations, "train", config.num_drawn)
-    known = {record.sequence.sequence_id for record in evaluator.train}
-    drawn = [record for record in drawn if record.sequence.sequence_id not in known]
+    drawn = _not_among(drawn, evaluator.train)
     mistakes = await evaluator.mistaken(explanations, drawn)
     worst = sorted(range(len(drawn)), key=lambda i: (-mistakes[i], drawn[i].sequence.sequence_id))
     evaluator.grow([drawn[i] for i in worst[: config.num_added] if mistakes[i] > 0])
@@ -193,11 +197,16 @@ async def judge_finalists(evaluator: Evaluator, search: TreeSearch, silent: Sile
     shows there, and the same records judge all."""
     finalists = search.finalists(config.num_finalists)
     explanations = [node.explanation for node in finalists if node.explanation is not None]
-    if len(explanations) < 2:
+    if not explanations:
         return
-    drawn = await silent(explanations, "valid", config.num_valid)
+    drawn = _not_among(await silent(explanations, "valid", config.num_valid), evaluator.valid)
     for node, score in zip(finalists, await evaluator.final_scores(explanations, drawn), strict=True):
         node.final_score = score
+
+
+def _not_among(drawn: list[ActivationRecord], records: Sequence[ActivationRecord]) -> list[ActivationRecord]:
+    known = {record.sequence.sequence_id for record in records}
+    return [record for record in drawn if record.sequence.sequence_id not in known]
 
 
 def _falsifier_of(one: Search) -> FalsifierConfig | None:

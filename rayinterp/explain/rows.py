@@ -73,6 +73,8 @@ def explanation_row(
         "valid_score": _chosen_by(winner) if winner else None,
         "num_candidates": len(nodes),
         "num_falsifiers": num_falsifiers,
+        "finalists": [node.node for node in nodes if node.final_score is not None],
+        "final_scores": [node.final_score for node in nodes if node.final_score is not None],
         "status": status or ("ok" if winner else "no_explanation"),
         "cost_usd": None if any(cost is None for cost in costs) else sum(c for c in costs if c is not None),
     }
@@ -95,7 +97,7 @@ def why_not(records: dict[str, list[ActivationRecord]], over_budget: bool) -> st
 class NodeCommitter:
     """Hands each node of one search over as it comes to its end.
 
-    Failed calls and what was stopped wait for the search to end: run again, it may get an answer.
+    From the first failed call on, all wait for the search to end: run again, it may get an answer.
     """
 
     def __init__(
@@ -105,6 +107,8 @@ class NodeCommitter:
         self._written: set[int] = set()
 
     async def __call__(self, search: TreeSearch) -> None:
+        if any(node.status == "llm_error" for node in search.nodes):
+            return  # answered the next time, it would be another search
         new = [n for n in search.nodes if n.node not in self._written and n.status in _ENDED]
         self._written.update(node.node for node in new)
         if new:

@@ -21,6 +21,7 @@ import ray
 from rayinterp.config import OneShotConfig, RunConfig, TreeConfig, llms_used
 from rayinterp.errors import UserError
 from rayinterp.explain.actor import Connect, Explained, SearchActor, connect, llm_keys
+from rayinterp.explain.outage import Outage
 from rayinterp.explain.rows import arm_ids, explanation_row
 from rayinterp.explain.status import Account, Status
 from rayinterp.progress import Progress, silent
@@ -28,15 +29,11 @@ from rayinterp.retrieve import SharedRetriever
 from rayinterp.subject import FeatureId, interleave
 from rayinterp.tables import Tables, sql_in
 
-MAX_FAILURES = 5
-"""Features in a row that an LLM fails on before it is taken to be down."""
 MAX_TRIES = 3
 """Of a feature on which calls fail while others succeed; the last one goes on without the answers that fail."""
 MAX_RESTARTS = 100
 """Of a search actor whose process is lost. Its features are tried again without a limit of their own: while an actor is
 being started, tries fail by the second."""
-OUTAGE_PAUSE = 20.0
-"""Seconds between attempts while an LLM is down."""
 UNFINISHED = ("budget", "no_budget")
 """Statuses of explanations that a larger budget would change."""
 
@@ -90,12 +87,13 @@ def reopen(config: RunConfig, tables: Tables, over_budget: OverBudget) -> None:
         return
     affordable = features_with_llm(config, live_features(tables))
     where = f"{sql_in('status', UNFINISHED)} and {sql_in('explainer', _all_ids(config))}"
+    with_llm = {arm_ids(config, name)[0] for name, arm in config.explainers.items() if isinstance(arm, OneShotConfig)}
     by_arm: dict[str, list[str]] = {}
     for row in tables.read("explanations", ["feature_key", "explainer"], where).to_pylist():
-        if FeatureId.parse(row["feature_key"]) in affordable:
+        if FeatureId.parse(row["feature_key"]) in affordable or row["explainer"] not in with_llm:
             by_arm.setdefault(row["explainer"], []).append(row["feature_key"])
     for arm, keys in by_arm.items():
-        for table in ("scores", "predictions", "explanations"):
+        for table in ("scores", "predictions", "candidates", "explanations"):
             tables.delete(table, f"explainer = '{arm}' and {sql_in('feature_key', keys)}")
 
 
@@ -181,32 +179,28 @@ class _Driver:
         self._idle = self._actors * config.resources.searches_per_actor
         self._running: dict[Any, tuple[_Task, Any]] = {}
         self._account = Account(self._actors)
-        self._failures_in_a_row, self._last_success, self._resume_at, self._calls = 0, time.monotonic(), 0.0, 0
+        self._asked_about = tables.distinct("llm_calls", "feature_key")
+        self._outage = Outage(bool(self._asked_about), config.resources.max_outage_seconds)
+        self._calls = 0
 
     def run(self, left: dict[FeatureId, list[str]], features: list[FeatureId]) -> str | None:
         """Explains what is left; returns the failure that ended it early, if one did."""
         affordable = features_with_llm(self._config, features)
-        asked_about = self._tables.distinct("llm_calls", "feature_key")
         queue = deque(_Task(feature, arms, 0) for feature, arms in left.items())
         status = Status(len(features), len(features) - len(left))
         failure: str | None = None
         while queue or self._running:
+            self._committer.tick.remote()
             status.spent = self._account.read()
             stop = self._over_budget(status.spent.usd)
             if stop:
                 self._stop(queue)
             while queue and self._may_submit():
-                task, actor = queue.popleft(), self._idle.pop()
-                tolerant = task.tries + 1 >= MAX_TRIES and status.spent.calls > 0
-                fresh = str(task.feature) not in asked_about
-                asked_about.add(str(task.feature))
-                arguments = (task.feature, task.arms, task.feature in affordable, fresh, tolerant)
-                self._running[actor.explain.options(max_task_retries=-1).remote(*arguments)] = task, actor
+                self._submit(queue.popleft(), affordable)
             for task, done in self._wait():
                 status.take(done.valid_scores, finished=done.failure is None)
-                if done.failure is None:
-                    self._failures_in_a_row, self._last_success = 0, time.monotonic()
-                else:
+                self._outage.answered(done.num_answered)
+                if done.failure is not None:
                     failure = self._after_failure(task, done, queue) or failure
             if failure:
                 queue.clear()
@@ -220,13 +214,22 @@ class _Driver:
             ray.kill(actor)
 
     def _may_submit(self) -> bool:
-        down = self._failures_in_a_row >= MAX_FAILURES
-        return bool(self._idle) and time.monotonic() >= self._resume_at and not (down and self._running)
+        """While an LLM is down, one feature at a time asks whether it still is."""
+        waited = time.monotonic() >= self._outage.resume_at
+        return bool(self._idle) and waited and not (self._outage.down and self._running)
+
+    def _submit(self, task: _Task, affordable: set[FeatureId]) -> None:
+        actor, key = self._idle.pop(), str(task.feature)
+        # An LLM that is down would leave failed candidates for ever.
+        tolerant = task.tries + 1 >= MAX_TRIES and self._outage.has_answered and not self._outage.down
+        arguments = (task.feature, task.arms, task.feature in affordable, key not in self._asked_about, tolerant)
+        self._asked_about.add(key)
+        self._running[actor.explain.options(max_task_retries=-1).remote(*arguments)] = task, actor
 
     def _wait(self) -> list[tuple[_Task, Explained]]:
         """Tasks that have ended; returns after a moment where none has."""
         if not self._running:
-            time.sleep(min(max(self._resume_at - time.monotonic(), 0.0), 1.0))
+            time.sleep(min(max(self._outage.resume_at - time.monotonic(), 0.0), 1.0))
             return []
         ready, _ = ray.wait(list(self._running), num_returns=1, timeout=1.0)
         if ready:
@@ -240,21 +243,19 @@ class _Driver:
 
     def _after_failure(self, task: _Task, done: Explained, queue: deque[_Task]) -> str | None:
         """Puts the feature back, or says that there is no point in going on."""
-        calls = self._account.read(at_once=True).calls
-        if calls > self._calls:  # others are answered
-            self._failures_in_a_row, self._last_success, self._calls = 0, time.monotonic(), calls
-        self._failures_in_a_row += 1
         ray.get(self._committer.flush.remote())  # so that the next try finds what this one was told
-        down_for = time.monotonic() - self._last_success
-        if self._failures_in_a_row >= MAX_FAILURES:
-            if not calls or not done.transient or down_for > self._config.resources.max_outage_seconds:
-                return done.failure
-            self._resume_at = time.monotonic() + OUTAGE_PAUSE
-            queue.append(task)
-        elif task.tries + 1 >= MAX_TRIES and not calls:
+        calls = self._account.read(at_once=True).calls  # by those that are still under way too
+        self._outage.answered(calls - self._calls)
+        self._calls = max(calls, self._calls)
+        left = task._replace(arms=list(done.left))
+        if self._outage.failed(done.transient):
+            return done.failure
+        if self._outage.down:
+            queue.append(left)
+        elif task.tries + 1 >= MAX_TRIES and not self._outage.has_answered:
             return done.failure
         else:
-            queue.append(task._replace(tries=task.tries + 1 if done.transient else MAX_TRIES - 1))
+            queue.append(left._replace(tries=task.tries + 1 if done.transient else MAX_TRIES - 1))
         return None
 
     def _stop(self, queue: deque[_Task]) -> None:
@@ -274,7 +275,5 @@ class _Driver:
 def start_retriever(config: RunConfig, tables: Tables) -> Any:
     """The falsifiers' one retriever."""
     resources = config.resources.index
-    actor = ray.remote(SharedRetriever).options(
-        num_cpus=resources.num_cpus, num_gpus=resources.num_gpus, max_restarts=-1, max_task_retries=-1
-    )
+    actor = ray.remote(SharedRetriever).options(num_cpus=resources.num_cpus, max_restarts=-1, max_task_retries=-1)
     return actor.remote(config, tables)

@@ -8,7 +8,17 @@ from pydantic import SecretStr
 
 from rayinterp.config import LLMConfig
 from rayinterp.errors import UserError
-from rayinterp.explain.client import Ledger, LLMError, LLMReply, LLMRequest, api_key, endpoint_of, openai_client, price
+from rayinterp.explain.client import (
+    Ledger,
+    LLMError,
+    LLMReply,
+    LLMRequest,
+    api_key,
+    endpoint_of,
+    estimated,
+    openai_client,
+    price,
+)
 
 REQUEST = LLMRequest("e", "m", ({"role": "user", "content": "hello"},), 0.7, 16, 1)
 SECRET = "sk-very-secret"
@@ -23,7 +33,7 @@ class Endpoint(http.server.BaseHTTPRequestHandler):
         body = {"error": {"message": f"no, {SECRET}", "code": getattr(self.server, "code", None)}}
         if status == 200:
             message = {"role": "assistant", "content": "hi"}
-            usage = {"prompt_tokens": 3, "completion_tokens": 1, "total_tokens": 4}
+            usage = getattr(self.server, "usage", {"prompt_tokens": 3, "completion_tokens": 1, "total_tokens": 4})
             choices = [{"index": 0, "message": message, "finish_reason": "length"}]
             choices = getattr(self.server, "choices", choices)
             body = {
@@ -80,6 +90,19 @@ async def test_other_faults_are_not_retried_and_show_no_secret(endpoint):
     assert "AuthenticationError 401" in str(error.value) and not error.value.transient
     assert SECRET not in str(error.value)
     assert error.value.__cause__ is None
+
+
+def test_an_endpoint_that_does_not_count_is_billed_by_estimate():
+    reply = estimated(
+        LLMReply("x" * 30, "stop", 0, 0), REQUEST._replace(messages=({"role": "user", "content": "y" * 7},))
+    )
+    assert (reply.prompt_tokens, reply.completion_tokens) == (3, 10)
+
+
+async def test_a_body_without_usage_is_counted(endpoint):
+    endpoint.usage = None
+    reply = await openai_client(endpoint.config, SecretStr(SECRET))(REQUEST, "a/1")
+    assert reply.prompt_tokens > 0 and reply.completion_tokens > 0
 
 
 async def test_a_success_without_an_answer_is_a_failure(endpoint):

@@ -19,7 +19,7 @@ class FakeEvaluator:
     def __init__(self, scores, looks=None):
         self._scores, self._looks = scores, looks or {}
         self.scored, self.looked, self.falsifiers = [], [], []
-        self.train = []
+        self.train, self.valid = [], few_records()["valid"]
 
     async def scores(self, explanations):
         names = [explanation[0].activates_on for explanation in explanations]
@@ -53,7 +53,7 @@ def proposer(names):
 
 
 def one(arm, evaluator, propose, silent=None, audited=False):
-    return Search(arm, settings_of(arm, propose is not None, audited), few_records(), evaluator, propose, silent)
+    return Search(arm, settings_of(arm, audited), few_records(), evaluator, propose, silent)
 
 
 async def test_a_search_runs_to_its_end_and_chooses_on_valid():
@@ -141,14 +141,14 @@ async def test_the_falsifier_adds_what_is_most_wrong_and_all_that_is_kept_is_sco
 async def test_the_finalists_are_judged_on_valid_records_that_sound_like_any_of_them():
     class Judge(FakeEvaluator):
         async def final_scores(self, explanations, silent):
-            assert [r.sequence.sequence_id for r in silent] == [30, 31]
+            assert [r.sequence.sequence_id for r in silent] == [30, 31]  # 3 is in valid already
             return [{"broad": 0.3, "narrow": 0.6}[explanation[0].activates_on] for explanation in explanations]
 
     asked = []
 
     async def silent(explanations, split, count):
         asked.append(([e[0].activates_on for e in explanations], split, count))
-        return [record(number, [0, 0, 0.0], "rule_negative") for number in (30, 31)]
+        return [record(number, [0, 0, 0.0], "rule_negative") for number in (30, 3, 31)]
 
     falsifier = FalsifierConfig(num_finalists=2, num_valid=7)
     arm = TREE.model_copy(update={"falsifier": falsifier, "depth": 0})
@@ -159,11 +159,9 @@ async def test_the_finalists_are_judged_on_valid_records_that_sound_like_any_of_
     assert search.nodes[1].valid_score == 0.9
 
 
-async def test_without_an_llm_the_tree_keeps_its_lexical_root():
-    search = await search_feature(one(TREE, FakeEvaluator({}), None))
-    assert [node.kind for node in search.nodes] == ["lexical"]
-    one_shot = await search_feature(one(OneShotConfig(llm="l", simulator="s"), FakeEvaluator({}), None))
-    assert one_shot.nodes == [] and one_shot.winner() is None
+async def test_one_shot_and_lexical_are_searches_of_one_root():
+    one_shot = await search_feature(one(OneShotConfig(llm="l", simulator="s"), FakeEvaluator({}), proposer(["a"])))
+    assert [node.kind for node in one_shot.nodes] == ["llm"]
     lexical = await search_feature(one(LexicalConfig(simulator="s"), FakeEvaluator({}), None))
     assert lexical.winner().kind == "lexical"
 
@@ -181,6 +179,21 @@ async def test_a_time_limit_or_a_stop_keeps_what_there_is():
     search = await search_feature(one(TREE, evaluator, proposer(["good", "x"])), lambda: bool(scored), on_scored)
     assert scored == [0, 1, 2] and search.winner().explanation == (Rule("good", 5),)
     assert {node.status for node in search.nodes[3:]} == {"stopped"}
+
+
+async def test_what_others_of_a_round_are_told_is_waited_for_when_one_fails():
+    answered = []
+
+    async def propose(search, node):
+        if node.node == 1:
+            raise RuntimeError("down")
+        await asyncio.sleep(0.05)
+        answered.append(node.node)
+        return Outcome((Rule("late", 5),), "ok", None, 1, 1, 0.0)
+
+    with pytest.raises(RuntimeError, match="down"):
+        await search_feature(one(TREE, FakeEvaluator({}), propose))
+    assert answered == [2]
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no replica"), KeyError("bug")])

@@ -81,4 +81,4 @@ def main(feature_index: int = 47, console: Console | None = None) -> float | Non
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main(int(sys.argv[1])) if len(sys.argv) > 1 else main()

@@ -12,7 +12,7 @@ from rayinterp.explain.client import LLMError, LLMReply
 from rayinterp.explain.outage import Outage
 from rayinterp.explain.rows import NodeCommitter, arm_ids, explanation_row, why_not
 from rayinterp.explain.runner import arms_left, calls_per_feature, features_with_llm, live_features, reopen, run_explain
-from rayinterp.explain.search import SearchSettings, TreeSearch
+from rayinterp.explain.search import Node, SearchSettings, TreeSearch
 from rayinterp.explain.status import Account, Spent, Status
 from rayinterp.explanation import Rule
 from rayinterp.planted import FEATURES, OracleSimulator
@@ -64,15 +64,20 @@ async def test_nodes_are_handed_over_once_and_as_they_end():
     search.ask()
     search.explained(0, None, "parse_error", thought="hm")
     await commit(search)
-    search.explained(1, None, "llm_error")
+    search.explained(1, (Rule("b", 5),))
     search.explained(2, (Rule("a", 5),))
     await commit(search)
     search.ask()
     search.scored(2, 0.5, 0.4, "worse")
     await commit(search)
+    await commit(search)
     assert written == [[0], [2]]
-    assert [(row["node"], row["status"]) for row in commit.rest(search)] == [(1, "llm_error")]
-    assert explanation_row(FEATURE, ("e@1", "s@1"), search)["num_candidates"] == 3
+    search.nodes[1].status = "llm_error"  # answered the next time, it would lead elsewhere: nothing more is final
+    search.nodes.append(Node(3, "revision", 2, 1, (Rule("c", 5),), "ok"))
+    await commit(search)
+    assert written == [[0], [2]]
+    assert [(row["node"], row["status"]) for row in commit.rest(search)] == [(1, "llm_error"), (3, "ok")]
+    assert explanation_row(FEATURE, ("e@1", "s@1"), search)["num_candidates"] == 4
 
 
 def test_the_account_survives_an_actor_that_was_started_anew(ray_session):

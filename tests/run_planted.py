@@ -35,6 +35,7 @@ if __name__ == "__main__":
     from tests.conftest import planted_config, run_all
 
     ray.init(
+        address="local",  # and no cluster that another test has under way
         num_cpus=2,
         include_dashboard=False,
         log_to_driver=False,

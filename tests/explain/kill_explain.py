@@ -79,6 +79,7 @@ def commit_often() -> None:
 
 if __name__ == "__main__":
     ray.init(
+        address="local",  # and no cluster that another test has under way
         num_cpus=2,
         include_dashboard=False,
         log_to_driver=False,

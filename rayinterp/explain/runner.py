@@ -180,7 +180,9 @@ class _Driver:
         self._running: dict[Any, tuple[_Task, Any]] = {}
         self._account = Account(self._actors)
         self._asked_about = tables.distinct("llm_calls", "feature_key")
-        self._outage = Outage(bool(self._asked_about), config.resources.max_outage_seconds)
+        models = {config.llms[name].model for name in llms_used(config)}
+        has_answered = models <= tables.distinct("llm_calls", "model")
+        self._outage = Outage(has_answered, config.resources.max_outage_seconds)
         self._calls = 0
 
     def run(self, left: dict[FeatureId, list[str]], features: list[FeatureId]) -> str | None:

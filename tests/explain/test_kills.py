@@ -61,6 +61,7 @@ def paid_again(log: Path, kills: list[Kill]) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # five drivers are started
 def test_killed_ten_times_driver_and_search_actors_in_turn(planted_run, tmp_path):
     undisturbed = explain(copy_upstream(planted_run, tmp_path / "undisturbed"), tmp_path / "undisturbed.log")
     folder, log, rng = copy_upstream(planted_run, tmp_path / "run"), tmp_path / "run.log", random.Random(0)

@@ -628,6 +628,24 @@ def llms_used(config: RunConfig) -> set[str]:
     return {arm.llm for arm in config.explainers.values() if isinstance(arm, OneShotConfig)}
 
 
+def calls_per_feature(config: RunConfig) -> int:
+    """LLM calls that a feature's arms make at most."""
+    calls = 0
+    for arm in config.explainers.values():
+        if isinstance(arm, OneShotConfig):
+            nodes = 1
+            if isinstance(arm, TreeConfig):
+                nodes = arm.num_llm_roots + arm.depth * arm.width * arm.branching_factor
+            calls += nodes * (1 + arm.max_parse_retries)
+    return calls
+
+
+def features_within_calls(config: RunConfig) -> int | None:
+    """Features that every `max_calls` suffices for, each counted with all that it may ask; None without a limit."""
+    limits = [limit for name in llms_used(config) if (limit := config.llms[name].max_calls) is not None]
+    return min(limits) // max(calls_per_feature(config), 1) if limits else None
+
+
 def looks_of(explainer: ExplainerConfig) -> tuple[str, str] | None:
     """The section that asks for cheap looks, and the simulator arm that takes them; None where there are none."""
     if not isinstance(explainer, TreeConfig):

@@ -22,6 +22,7 @@ from rayinterp.config import (
     RunConfig,
     SimulatorConfig,
     TreeConfig,
+    features_within_calls,
     looks_of,
     simulators_of,
 )
@@ -350,15 +351,9 @@ def nodes_per_round(arm: LexicalConfig | OneShotConfig | TreeConfig) -> list[int
 
 
 def features_with_llm(config: RunConfig, num_features: float) -> float:
-    """Features that every `max_calls` suffices for, each counted with all that it may ask."""
-    arms = [arm for arm in config.explainers.values() if isinstance(arm, OneShotConfig)]
-    most = 0
-    for arm in arms:
-        revisions = arm.depth * arm.width * arm.branching_factor if isinstance(arm, TreeConfig) else 0
-        roots = arm.num_llm_roots if isinstance(arm, TreeConfig) else 1
-        most += (roots + revisions) * (1 + arm.max_parse_retries)
-    limits = [config.llms[arm.llm].max_calls for arm in arms]
-    return _smallest(num_features, *(limit // max(most, 1) for limit in limits if limit is not None))
+    """Features that the call budgets reach."""
+    within = features_within_calls(config)
+    return num_features if within is None else _smallest(num_features, within)
 
 
 def completion_tokens(arm: OneShotConfig) -> float:

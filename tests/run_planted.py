@@ -7,6 +7,7 @@ part of a stage and not the whole.
 import logging
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import ray
@@ -31,17 +32,26 @@ def dawdle() -> None:
     tables.Committer._write = and_pause(tables.Committer._write)
 
 
-if __name__ == "__main__":
-    from tests.conftest import planted_config, run_all
+def start_cluster(setup_hook: Callable[[], None]) -> None:
+    """A Ray of this process's own, and none that another test has under way.
 
+    Args:
+        setup_hook: Run in every worker.
+    """
     ray.init(
-        address="local",  # and no cluster that another test has under way
+        address="local",
         num_cpus=2,
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.WARNING,
-        runtime_env={"worker_process_setup_hook": dawdle},
+        runtime_env={"worker_process_setup_hook": setup_hook},
     )
+
+
+if __name__ == "__main__":
+    from tests.conftest import planted_config, run_all
+
+    start_cluster(dawdle)
     dawdle()
     # One shard of work in flight at a time, or all of them are written before the first is committed.
     run_all(planted_config(Path(sys.argv[1]), "resources.searches_per_actor=1"), sys.argv[2:])

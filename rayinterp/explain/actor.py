@@ -115,6 +115,7 @@ class SearchActor:
         self._restarted = ray.get_runtime_context().was_current_actor_reconstructed
         if self._restarted:  # what was told to the one before is looked up, so it must be in the table
             ray.get(committer.flush.remote())
+        self._ids = {name: arm_ids(config, name) for name in config.explainers}
         self._spent = Spent()
         self._stopping = False
 
@@ -142,7 +143,7 @@ class SearchActor:
         ledgers: dict[str, Ledger] = {}
         best: list[float] = []
         for place, name in enumerate(arms):
-            arm, ids = self._config.explainers[name], arm_ids(self._config, name)
+            arm, ids = self._config.explainers[name], self._ids[name]
             hopeless = why_not(records, isinstance(arm, OneShotConfig) and not has_llm)
             if hopeless:
                 await self._commit([], explanation_row(feature, ids, None, hopeless))

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import ray
 
-from rayinterp.config import OneShotConfig, RunConfig, TreeConfig, llms_used
+from rayinterp.config import OneShotConfig, RunConfig, TreeConfig, features_within_calls, llms_used
 from rayinterp.errors import UserError
 from rayinterp.explain.actor import Connect, Explained, SearchActor, connect, llm_keys
 from rayinterp.explain.outage import Outage
@@ -41,25 +41,9 @@ OverBudget = Callable[[float], str | None]
 """Why nothing more may be spent, given the dollars spent on LLMs; None while there is something left."""
 
 
-def calls_per_feature(config: RunConfig) -> int:
-    """LLM calls that a feature's arms make at most."""
-    calls = 0
-    for arm in config.explainers.values():
-        if isinstance(arm, OneShotConfig):
-            nodes = 1
-            if isinstance(arm, TreeConfig):
-                nodes = arm.num_llm_roots + arm.depth * arm.width * arm.branching_factor
-            calls += nodes * (1 + arm.max_parse_retries)
-    return calls
-
-
 def features_with_llm(config: RunConfig, features: list[FeatureId]) -> set[FeatureId]:
     """Features that the call budget reaches, in the given order; decided before the first call: resuming agrees."""
-    budgets = [config.llms[name].max_calls for name in llms_used(config)]
-    limited = [budget for budget in budgets if budget is not None]
-    if not limited:
-        return set(features)
-    return set(features[: min(limited) // max(calls_per_feature(config), 1)])
+    return set(features[: features_within_calls(config)])
 
 
 def live_features(tables: Tables) -> list[FeatureId]:
@@ -70,14 +54,12 @@ def live_features(tables: Tables) -> list[FeatureId]:
 
 def arms_left(config: RunConfig, tables: Tables, features: list[FeatureId]) -> dict[FeatureId, list[str]]:
     """Explainer arms without a winner's row, by feature."""
+    ids = {name: arm_ids(config, name)[0] for name in config.explainers}
     finished: set[tuple[str, str]] = set()
     if features:
-        rows = tables.read("explanations", ["feature_key", "explainer"], sql_in("explainer", _all_ids(config)))
+        rows = tables.read("explanations", ["feature_key", "explainer"], sql_in("explainer", ids.values()))
         finished = set(zip(rows["feature_key"].to_pylist(), rows["explainer"].to_pylist(), strict=True))
-    left = {
-        feature: [name for name in config.explainers if (str(feature), arm_ids(config, name)[0]) not in finished]
-        for feature in features
-    }
+    left = {feature: [name for name, arm in ids.items() if (str(feature), arm) not in finished] for feature in features}
     return {feature: arms for feature, arms in left.items() if arms}
 
 
@@ -86,8 +68,9 @@ def reopen(config: RunConfig, tables: Tables, over_budget: OverBudget) -> None:
     if over_budget(dollars_spent(tables)) is not None:
         return
     affordable = features_with_llm(config, live_features(tables))
-    where = f"{sql_in('status', UNFINISHED)} and {sql_in('explainer', _all_ids(config))}"
-    with_llm = {arm_ids(config, name)[0] for name, arm in config.explainers.items() if isinstance(arm, OneShotConfig)}
+    ids = {name: arm_ids(config, name)[0] for name in config.explainers}
+    where = f"{sql_in('status', UNFINISHED)} and {sql_in('explainer', ids.values())}"
+    with_llm = {ids[name] for name, arm in config.explainers.items() if isinstance(arm, OneShotConfig)}
     by_arm: dict[str, list[str]] = {}
     for row in tables.read("explanations", ["feature_key", "explainer"], where).to_pylist():
         if FeatureId.parse(row["feature_key"]) in affordable or row["explainer"] not in with_llm:
@@ -100,10 +83,6 @@ def reopen(config: RunConfig, tables: Tables, over_budget: OverBudget) -> None:
 def dollars_spent(tables: Tables) -> float:
     """On LLM calls that have a price."""
     return sum(tables.read("llm_calls", ["cost_usd"], "cost_usd is not null")["cost_usd"].to_pylist())
-
-
-def _all_ids(config: RunConfig) -> list[str]:
-    return [arm_ids(config, name)[0] for name in config.explainers]
 
 
 def run_explain(
@@ -211,9 +190,11 @@ class _Driver:
 
     def end(self) -> None:
         """Makes what has been handed over durable, and lets the actors go."""
-        ray.get(self._committer.flush.remote())
-        for actor in [*self._actors, *([self._retriever] if self._retriever else [])]:
-            ray.kill(actor)
+        try:
+            ray.get(self._committer.flush.remote())
+        finally:  # also where the committer is what was lost
+            for actor in [*self._actors, *([self._retriever] if self._retriever else [])]:
+                ray.kill(actor)
 
     def _may_submit(self) -> bool:
         """While an LLM is down, one feature at a time asks whether it still is."""

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import os
 import random
 import sys
@@ -25,6 +24,7 @@ from rayinterp.simulate.simulator import RuleRequest
 from rayinterp.subject import FeatureId
 from rayinterp.tables import Tables
 from tests.conftest import planted_config
+from tests.run_planted import start_cluster
 
 SEARCH = "num_llm_roots: 2, width: 2, branching_factor: 2, depth: 6, stop_score: 1, strategy: best_first"
 TREE = f"method: tree, llm: knows, simulator: oracle, {SEARCH}"
@@ -78,12 +78,5 @@ def commit_often() -> None:
 
 
 if __name__ == "__main__":
-    ray.init(
-        address="local",  # and no cluster that another test has under way
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.WARNING,
-        runtime_env={"worker_process_setup_hook": commit_often},
-    )
+    start_cluster(commit_often)
     explain(Path(sys.argv[1]), Path(sys.argv[2]))

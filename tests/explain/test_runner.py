@@ -5,13 +5,14 @@ from collections import Counter
 import pytest
 import ray
 
+from rayinterp.config import calls_per_feature
 from rayinterp.errors import UserError
 from rayinterp.explain import outage
 from rayinterp.explain.actor import Services, make_client
 from rayinterp.explain.client import LLMError, LLMReply
 from rayinterp.explain.outage import Outage
 from rayinterp.explain.rows import NodeCommitter, arm_ids, explanation_row, why_not
-from rayinterp.explain.runner import arms_left, calls_per_feature, features_with_llm, live_features, reopen, run_explain
+from rayinterp.explain.runner import arms_left, features_with_llm, live_features, reopen, run_explain
 from rayinterp.explain.search import Node, SearchSettings, TreeSearch
 from rayinterp.explain.status import Account, Spent, Status
 from rayinterp.explanation import Rule

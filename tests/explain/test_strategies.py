@@ -17,7 +17,12 @@ async def test_no_strategy_does_worse_on_valid_than_its_roots(method):
         found, one, search = await find(planted, planted.records(COUNTS), METHODS[method])
         winner = search.winner()
         roots = [node.valid_score for node in search.nodes if node.depth == 0 and node.valid_score is not None]
-        assert winner.final_score is not None or winner.valid_score >= max(roots)
+        finals = {node.node: node.final_score for node in search.nodes if node.final_score is not None}
+        if "finalists" in method:
+            assert winner.final_score == max(finals.values()) and len(finals) > 1
+            assert max(search.nodes, key=lambda node: node.valid_score or -1).node in finals
+        else:
+            assert not finals and winner.valid_score >= max(roots)
         assert winner.explanation == found.explanation
         assert found.calls == sum(node.kind != "lexical" for node in search.nodes)
         assert bool(one.evaluator.falsifiers) == ("falsifier" in method)

@@ -47,10 +47,16 @@ def run_stages(config_path: str, overrides: list[str] | None, stages: tuple[str,
     """Runs stages in order under a progress display, then says where everything lies and what to type next."""
     # Ray and torch take seconds to import: a bad config should not wait for them.
     config = load_config(config_path, overrides)
+    start = time.monotonic()
+    _run_stages(config, stages)
+    _say_where(config, config_path, overrides, time.monotonic() - start)
+
+
+def _run_stages(config: RunConfig, stages: tuple[str, ...]) -> Tables:
+    """Runs stages in order under a progress display."""
     _quiet()
     from rayinterp.run import connected, open_run, run_stage
 
-    start = time.monotonic()
     with console.status("checking the config against this machine"):
         run = open_run(config, stages)
     with ExitStack() as stack:
@@ -63,7 +69,7 @@ def run_stages(config_path: str, overrides: list[str] | None, stages: tuple[str,
             display.end("  ".join(f"{number:,} {name}" for name, number in counts.items() if number))
             if stage == "corpus":
                 _warn_of_damage(run.tables)
-    _say_where(config, config_path, overrides, time.monotonic() - start)
+    return run.tables
 
 
 def _quiet() -> None:
@@ -274,6 +280,28 @@ def score(config: ConfigPath, overrides: Overrides = None) -> None:
 def report(config: ConfigPath, overrides: Overrides = None) -> None:
     """Write the HTML report."""
     run_stages(config, overrides, ("report",))
+
+
+@app.command()
+def experiment(
+    name: Annotated[str, typer.Argument(help="complementary_sources, explainer_comparison, polysemanticity, ...")],
+    config: ConfigPath,
+    overrides: Overrides = None,
+) -> None:
+    """Run one of the paper's experiments: its explainers through every stage, then table, figures and page."""
+    run_config = load_config(config, overrides)
+    _quiet()
+    from rayinterp.experiments.design import config_for
+
+    run_config = config_for(name, run_config)
+    from rayinterp.run import STAGES
+
+    tables = _run_stages(run_config, STAGES)
+    from rayinterp.experiments.runner import write_experiment
+
+    written = write_experiment(name, run_config, tables)
+    console.print(f"\nFigures: {', '.join(written.figures)}", soft_wrap=True, highlight=False)
+    console.print(f"The page, for a browser:      [bold]{written.page}[/bold]", soft_wrap=True)
 
 
 @app.command()

@@ -33,6 +33,9 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 Calibration = Literal["none", "difference", "ratio"]
 AnswerFormat = Literal["text", "json_object", "json_schema"]
 
+LANGUAGE = "planted/language"
+PLANTED = ("planted", LANGUAGE)
+"""Subjects, and their corpora, whose features are known."""
 UPSTREAM = ("seed", "subject", "corpus", "harvest", "index", "records")
 """Sections that are fixed per run directory."""
 NOT_FROZEN = ("subject.device", "subject.device_map", "subject.compile", "subject.max_variance_unexplained")
@@ -75,7 +78,8 @@ class SaeConfig(_Section):
 
 class SubjectConfig(_Section):
     model: str
-    """Hugging Face name or local folder of the subject model; `embedded/...` and `planted` need no network."""
+    """Hugging Face name or local folder of the subject model; `embedded/...`, `planted` and
+    `planted/language` need no network."""
     revision: str | None = None
     """Commit of the model, so that a run can be repeated."""
     dtype: Dtype = "auto"
@@ -105,7 +109,7 @@ class SubjectConfig(_Section):
 class CorpusConfig(_Section):
     dataset: str
     """Hugging Face dataset, local file or folder (jsonl[.zst|.gz], parquet, txt), a URL (`s3://`, `gs://`, `hf://`) of
-    such a folder, `embedded` or `planted`."""
+    such a folder, `embedded`, or `planted` and `planted/language` for the subjects of these names."""
     reader: Literal["files", "datasets"] = "files"
     """files: the dataset's data files as they are; datasets: through Hugging Face datasets, streaming."""
     revision: str | None = None
@@ -205,10 +209,12 @@ class RecordsConfig(_Section):
 class LLMConfig(_Section):
     """An LLM that writes: an endpoint that speaks the OpenAI protocol, or a model of our own served by Ray."""
 
-    provider: Literal["openai", "local", "scripted"]
-    """openai: any compatible endpoint; local: a Hugging Face model in a Ray Serve replica; scripted: `answers`."""
+    provider: Literal["openai", "local", "scripted", "planted"]
+    """openai: any compatible endpoint; local: a Hugging Face model in a Ray Serve replica; scripted: `answers`;
+    planted: for the subject `planted/language`."""
     model: str
-    """The endpoint's name for the model, or a Hugging Face name, folder or `embedded/...`."""
+    """The endpoint's name for the model; a Hugging Face name, folder or `embedded/...`; of the planted ones `blind`,
+    which guesses, `truth` or `broad`."""
     answers: dict[str, str] = {}
     """What a scripted LLM answers, by feature id: for tests and dry runs."""
     base_url: str | None = None
@@ -245,6 +251,12 @@ class LLMConfig(_Section):
         if base_url is not None and ("?" in base_url or "@" in base_url):
             raise ValueError("has a query or a user, where keys end up in logs; give the key by api_key_env")
         return base_url
+
+    @model_validator(mode="after")
+    def _planted_model_exists(self) -> LLMConfig:
+        if self.provider == "planted" and self.model not in ("blind", "truth", "broad"):
+            raise ValueError(f"model is {self.model!r}; where provider is 'planted' it is blind, truth or broad")
+        return self
 
     @model_validator(mode="after")
     def _format_is_an_endpoints(self) -> LLMConfig:

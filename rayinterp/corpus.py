@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from rayinterp import embedded, planted
-from rayinterp.config import CorpusConfig, RunConfig
+from rayinterp.config import PLANTED, CorpusConfig, RunConfig
 from rayinterp.documents import Dropped, list_files, read_documents
 from rayinterp.errors import UserError
 from rayinterp.pools import map_units
@@ -47,8 +47,8 @@ class Tokenizer(Protocol):
 
 def load_tokenizer(config: RunConfig) -> Tokenizer:
     """The subject model's tokenizer."""
-    if config.subject.model == "planted":
-        return planted.PlantedTokenizer()
+    if config.subject.model in PLANTED:
+        return planted.PlantedTokenizer(planted.WORLDS[config.subject.model].vocabulary)
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(embedded.resolve(config.subject.model), revision=config.subject.revision)

@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 import zstandard
 
 from rayinterp import embedded, planted
-from rayinterp.config import CorpusConfig
+from rayinterp.config import PLANTED, CorpusConfig
 from rayinterp.errors import UserError
 
 READABLE = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet", ".txt")
@@ -64,8 +64,8 @@ def list_files(config: CorpusConfig) -> list[str]:
     """
     if config.dataset == "embedded":
         return [f"embedded:{subset}" for subset in embedded.CORPUS_SUBSETS]
-    if config.dataset == "planted":
-        return ["planted:0"]
+    if config.dataset in PLANTED:
+        return [f"planted:{config.dataset}"]
     if config.reader == "datasets":
         return [f"datasets:{shard}" for shard in range(_open_dataset(config).num_shards)]
     local = fsspec.filesystem("file")
@@ -118,7 +118,7 @@ def read_documents(file: str, config: CorpusConfig, seed: int, dropped: Dropped)
     if scheme == "embedded":
         yield from embedded.documents(name)
     elif scheme == "planted":
-        yield from planted.documents(seed)
+        yield from planted.WORLDS[name].documents(seed)
     elif scheme == "datasets":
         dataset = _open_dataset(config)
         yield from dataset.shard(dataset.num_shards, int(name))

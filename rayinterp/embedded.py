@@ -246,13 +246,13 @@ def _is_left_out(name: str) -> bool:
 
 
 def _readmes() -> Iterator[str]:
-    """The long descriptions of installed distributions, rayinterp's own left out: it would change with every edit."""
+    """The long descriptions of installed distributions, of a fixed list: a further dependency is not to change them."""
+    listed = Path(__file__).with_name("embedded_readmes.txt").read_text().split()
     readmes = {}
     for distribution in metadata.distributions():
         fields = distribution.metadata
-        if {"Name", "Description"} <= set(fields) and fields["Name"] != "rayinterp":
+        if {"Name", "Description"} <= set(fields):
             readmes.setdefault(
                 fields["Name"].lower(), fields["Description"]
             )  # the first on sys.path is what is imported
-    for name in sorted(readmes):
-        yield readmes[name]
+    yield from (readmes[name] for name in listed if name in readmes)

@@ -21,7 +21,7 @@ import ray
 import torch
 
 from rayinterp import embedded, planted
-from rayinterp.config import FeatureRange, RunConfig
+from rayinterp.config import PLANTED, FeatureRange, RunConfig
 from rayinterp.errors import UserError
 from rayinterp.pools import map_units
 from rayinterp.postings import (
@@ -93,8 +93,8 @@ def choose_features(config: RunConfig, sae: str, width: int) -> list[int]:
 def load_subject(config: RunConfig, sources: list[SaeSource], features: dict[str, list[int]]) -> Subject:
     """The subject that the config names, ready to run."""
     subject = config.subject
-    if subject.model == "planted":
-        return planted.PlantedSubject(features)
+    if subject.model in PLANTED:
+        return planted.PlantedSubject(planted.WORLDS[subject.model], features)
     return LanguageModelSubject(
         embedded.resolve(subject.model),
         sources,

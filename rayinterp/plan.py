@@ -13,6 +13,7 @@ from collections import Counter
 from typing import NamedTuple
 
 from rayinterp.config import (
+    PLANTED,
     LateInteractionConfig,
     LexicalConfig,
     LLMConfig,
@@ -221,7 +222,7 @@ def plan_corpus(config: RunConfig) -> StagePlan:
 
 def flops_per_token(config: RunConfig, sizes: Sizes) -> float:
     """Of the subject up to its deepest hook point, attention across the sequence included, and of its SAEs."""
-    if config.subject.model == "planted":
+    if config.subject.model in PLANTED:
         return 0
     model, saes = sizes.model("subject.model"), sizes.saes
     # Short sequences: 1 % at 32 tokens. Left out where only a number of parameters is known.

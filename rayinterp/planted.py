@@ -1,8 +1,11 @@
-"""A subject whose features are known functions of the text, so that the pipeline can be checked against the truth.
+"""Subjects whose features are known functions of the text, so that the pipeline can be checked against the truth.
 
-Documents are random sentences over a small vocabulary of everyday words. A planted feature is a list of rules, each a
-sentence together with the function that says where it fires; `OracleSimulator` reads the sentence and applies the
-function, so a true explanation predicts perfectly, and any loss on the way is the pipeline's own.
+    planted             six features over everyday words: three to be explained, a dead, a dense and a rare one
+    planted/language    the made-up language of `planted_language`: four layers, from words to unions
+
+A planted feature is a list of rules, each a sentence together with the function that says where it fires;
+`OracleSimulator` reads the sentence and applies the function, so a true explanation predicts as well as any can, and
+any loss on the way is the pipeline's own.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
+from rayinterp import planted_language
 from rayinterp.explanation import Explanation, Rule
 from rayinterp.simulate.simulator import RuleRequest
 from rayinterp.subject import SparseActivations, SubjectCheck, sparsify
@@ -119,9 +123,43 @@ def _sentence(rng: random.Random, topic: str) -> list[str]:
     return [*noun(), rng.choice(GROUPS["verbs"]), *noun(), rng.choice(("near", "under", "with")), *noun(), "."]
 
 
-def decoder_directions(features: Sequence[int]) -> Float[np.ndarray, "k vocabulary"]:
+class World(NamedTuple):
+    """A planted subject, with the texts that it is about."""
+
+    vocabulary: tuple[str, ...]
+    saes: dict[str, int]
+    """Features of each SAE."""
+    activations: Callable[[str, int, list[tuple[str, ...]]], Float[np.ndarray, "batch seq"]]
+    """Of one feature (SAE, index) on texts of equal length, as words."""
+    documents: Callable[[int], Iterator[dict]]
+    """Texts for a seed."""
+
+
+def _everyday_activations(sae: str, index: int, texts: list[tuple[str, ...]]) -> Float[np.ndarray, "batch seq"]:
+    feature = FEATURES[index]
+    return np.array([[feature.scale * s / 5 for s in fires(feature.truth, text)] for text in texts], dtype=np.float32)
+
+
+def _language_activations(sae: str, index: int, texts: list[tuple[str, ...]]) -> Float[np.ndarray, "batch seq"]:
+    return planted_language.activations(planted_language.FEATURES[sae][index], planted_language.encode(texts))
+
+
+WORLDS: dict[str, World] = {
+    "planted": World(VOCABULARY, {SAE: len(FEATURES)}, _everyday_activations, documents),
+    "planted/language": World(
+        planted_language.VOCABULARY,
+        {sae: len(truths) for sae, truths in planted_language.FEATURES.items()},
+        _language_activations,
+        planted_language.documents,
+    ),
+}
+"""By the name that `subject.model` and `corpus.dataset` give."""
+
+
+def decoder_directions(world: World, sae: str, features: Sequence[int]) -> Float[np.ndarray, "k vocabulary"]:
     """A direction per feature: how strongly it fires on each word alone. Features that share words lie close."""
-    return np.array([[fires(FEATURES[i].truth, [word])[0] for word in VOCABULARY] for i in features])
+    words = [(word,) for word in world.vocabulary]
+    return np.array([world.activations(sae, index, words)[:, 0] for index in features])
 
 
 class PlantedTokenizer:
@@ -130,39 +168,52 @@ class PlantedTokenizer:
     all_special_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
 
+    def __init__(self, vocabulary: tuple[str, ...] = VOCABULARY) -> None:
+        self._vocabulary = vocabulary
+        self._ids = {word: i for i, word in enumerate(vocabulary)}
+
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        return [VOCABULARY.index(word) for word in text.split()]
+        return [self._ids[word] for word in text.split()]
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        return "".join(" " + VOCABULARY[i] for i in token_ids)
+        return "".join(" " + self._vocabulary[i] for i in token_ids)
 
 
 class PlantedSubject:
-    """Fires where the planted rules say."""
+    """Fires where the planted rules say.
 
-    def __init__(self, features: dict[str, list[int]]) -> None:
-        self.features = features
+    Args:
+        features: Indices by SAE.
+    """
+
+    def __init__(self, world: World, features: dict[str, list[int]]) -> None:
+        self._world, self.features = world, features
         self.dtype = "float32"
 
     def activations(self, token_ids: Int[torch.Tensor, "batch seq"]) -> dict[str, Float[torch.Tensor, "batch seq k"]]:
         """Activations of the requested features, dense."""
-        rows = [[VOCABULARY[i] for i in row] for row in token_ids.tolist()]
-        wanted = [FEATURES[index] for index in self.features[SAE]]
-        values = [[[f.scale * s / 5 for s in fires(f.truth, row)] for f in wanted] for row in rows]
-        return {SAE: torch.tensor(values).transpose(1, 2).float()}
+        texts = [tuple(self._world.vocabulary[i] for i in row) for row in token_ids.tolist()]
+        return {
+            sae: torch.from_numpy(np.stack([self._world.activations(sae, i, texts) for i in indices], axis=-1))
+            for sae, indices in self.features.items()
+        }
 
     def check(self, token_ids: Int[torch.Tensor, "batch seq"]) -> dict[str, SubjectCheck]:
-        return {SAE: SubjectCheck(variance_unexplained=0.0, median_norm=1.0)}
+        return {sae: SubjectCheck(variance_unexplained=0.0, median_norm=1.0) for sae in self.features}
 
     def stream(self, batches: Iterable[Int[torch.Tensor, "batch seq"]]) -> Iterator[dict[str, SparseActivations]]:
         for batch in batches:
-            yield {SAE: sparsify(self.activations(batch)[SAE], torch.ones(batch.shape))}
+            norms = torch.ones(batch.shape)
+            yield {sae: sparsify(values, norms) for sae, values in self.activations(batch).items()}
 
     def holistic(self, token_ids: Int[torch.Tensor, "batch seq"]) -> dict[str, Float[torch.Tensor, "batch seq k"]]:
         places = range(token_ids.shape[1])
         shorter = [torch.cat([token_ids[:, :i], token_ids[:, i + 1 :]], dim=1) for i in places]
-        without = torch.stack([self.activations(ids)[SAE].mean(1) for ids in shorter], dim=1)
-        return {SAE: self.activations(token_ids)[SAE].mean(1, keepdim=True) - without}
+        means = [{sae: values.mean(1) for sae, values in self.activations(ids).items()} for ids in shorter]
+        return {
+            sae: values.mean(1, keepdim=True) - torch.stack([of[sae] for of in means], dim=1)
+            for sae, values in self.activations(token_ids).items()
+        }
 
 
 class OracleSimulator:
@@ -170,9 +221,10 @@ class OracleSimulator:
 
     def simulate(self, requests: list[RuleRequest]) -> list[list[np.ndarray]]:
         return [
-            [
-                np.array(fires((Rule(request.rule),), [t.strip() for t in sequence.tokens]), dtype=np.float32)
-                for sequence in request.sequences
-            ]
-            for request in requests
+            [self._predict(request.rule, sequence.tokens) for sequence in request.sequences] for request in requests
         ]
+
+    def _predict(self, rule: str, tokens: tuple[str, ...]) -> Float[np.ndarray, "seq"]:
+        if rule in RULES:
+            return np.array(fires((Rule(rule),), [token.strip() for token in tokens]), dtype=np.float32)
+        return planted_language.strength((Rule(rule),), planted_language.encode([tokens]))[0]

@@ -15,6 +15,8 @@ import fsspec
 
 from rayinterp import embedded, planted
 from rayinterp.config import (
+    LANGUAGE,
+    PLANTED,
     LateInteractionConfig,
     LLMSimulatorConfig,
     OracleConfig,
@@ -64,12 +66,17 @@ def prepare(config: RunConfig, stages: Sequence[str] = ("corpus", "explain")) ->
     if "corpus" in stages:
         list_files(config.corpus)
     for name, simulator in config.simulators.items():
-        if isinstance(simulator, OracleConfig) and config.subject.model != "planted":
-            raise UserError(f"simulators.{name}.engine is 'oracle', which knows the planted subject's rules alone")
+        if isinstance(simulator, OracleConfig) and config.subject.model not in PLANTED:
+            raise UserError(f"simulators.{name}.engine is 'oracle', which knows the planted subjects' rules alone")
+    for name in sorted(llms_used(config)):
+        if config.llms[name].provider == "planted" and config.subject.model != LANGUAGE:
+            raise UserError(
+                f"llms.{name}.provider is 'planted', which speaks the language of subject.model {LANGUAGE!r} alone"
+            )
     for field, embedder in embedders(config):
         model_config(field, embedder_path(embedder), None)
-    if config.subject.model == "planted":
-        return Prepared([], {planted.SAE: choose_features(config, planted.SAE, len(planted.FEATURES))})
+    if world := planted.WORLDS.get(config.subject.model):
+        return Prepared([], planted_features(config, world))
     for field, model, revision in model_names(config):
         model_config(field, model, revision)
     check_local_llms(config)
@@ -82,6 +89,22 @@ def prepare(config: RunConfig, stages: Sequence[str] = ("corpus", "explain")) ->
     return Prepared(sources, features)
 
 
+def planted_features(config: RunConfig, world: planted.World) -> dict[str, list[int]]:
+    """Requested features by SAE.
+
+    Raises:
+        UserError: an SAE that the planted subject does not have.
+    """
+    names = [source.name for source in sae_sources(config, len(world.saes))]
+    for sae in names:
+        if sae not in world.saes:
+            raise UserError(
+                f"subject.saes names {sae!r}, which subject.model {config.subject.model!r} does not have; it has "
+                f"{', '.join(world.saes)}: set subject.saes.name and subject.saes.layers accordingly"
+            )
+    return {sae: choose_features(config, sae, world.saes[sae]) for sae in names}
+
+
 def names_in(config: RunConfig) -> list[str]:
     """Every model, encoder, SAE and dataset that the config names."""
     subject = config.subject
@@ -92,7 +115,7 @@ def names_in(config: RunConfig) -> list[str]:
 def model_names(config: RunConfig) -> list[tuple[str, str, str | None]]:
     """(field, model, revision) of every language model that this process will load weights of."""
     models = (
-        [] if config.subject.model == "planted" else [("subject.model", config.subject.model, config.subject.revision)]
+        [] if config.subject.model in PLANTED else [("subject.model", config.subject.model, config.subject.revision)]
     )
     for name, simulator in config.simulators.items():
         if isinstance(simulator, LLMSimulatorConfig):

@@ -228,10 +228,17 @@ def block_records(
     return records, counts
 
 
-def decoder_neighbours(sources: list[SaeSource], features: dict[str, list[int]]) -> dict[FeatureId, list[Neighbour]]:
-    """The harvested features with the closest decoder directions, by feature."""
-    if planted.SAE in features:
-        directions = {planted.SAE: planted.decoder_directions(features[planted.SAE])}
+def decoder_neighbours(
+    model: str, sources: list[SaeSource], features: dict[str, list[int]]
+) -> dict[FeatureId, list[Neighbour]]:
+    """The harvested features with the closest decoder directions, by feature.
+
+    Args:
+        model: The subject, whose SAEs need not be loaded where it is a planted one.
+    """
+    if not sources:  # planted
+        world = planted.WORLDS[model]
+        directions = {sae: planted.decoder_directions(world, sae, of) for sae, of in features.items()}
     else:
         directions = {source.name: decoder_directions(source, features[source.name]) for source in sources}
     return nearest_directions(directions, features, NUM_NEIGHBOURS)
@@ -253,7 +260,7 @@ def run_records(
     if left:
         corpus, neighbours = ray.put(load_corpus(tables)), ray.put({})
         if "neighbour" in config.records.complementary:
-            neighbours = ray.remote(decoder_neighbours).remote(sources, features)
+            neighbours = ray.remote(decoder_neighbours).remote(config.subject.model, sources, features)
         done = len(ids) - sum(map(len, left))
         progress(done, len(ids))
         task = ray.remote(block_records)

@@ -18,6 +18,7 @@ from typing import Any
 
 from rayinterp import embedded, planted
 from rayinterp.config import (
+    PLANTED,
     FeatureRange,
     LateInteractionConfig,
     LLMSimulatorConfig,
@@ -76,7 +77,7 @@ def measure(config: RunConfig, params: Mapping[str, float] | None = None) -> Siz
 def models_of(config: RunConfig) -> dict[str, tuple[str, str | None]]:
     """(name or folder, revision) by field, of every model that the run itself runs."""
     found: dict[str, tuple[str, str | None]] = {}
-    if config.subject.model != "planted":
+    if config.subject.model not in PLANTED:
         found["subject.model"] = (config.subject.model, config.subject.revision)
     found["index.embedder"] = (config.index.embedder, None)
     for name, simulator in config.simulators.items():
@@ -172,9 +173,9 @@ def _subject(
     config: RunConfig, model_config: Any, num_params: float | None, notes: list[str]
 ) -> tuple[SaeSizes, ModelSize | None]:
     """The SAEs, and the subject as far as it runs for them."""
-    if config.subject.model == "planted":
-        num_features = _num_features(config, len(planted.FEATURES))
-        return SaeSizes(1, num_features, len(planted.FEATURES), 0), None
+    if world := planted.WORLDS.get(config.subject.model):
+        width = max(world.saes.values())
+        return SaeSizes(len(sae_sources(config, len(world.saes))), _num_features(config, width), width, 0), None
     text = model_config.get_text_config() if model_config is not None else None
     num_layers = text.num_hidden_layers if text is not None else layers_of_release(config)
     if num_layers is None and isinstance(config.subject.saes.layers, str):

@@ -271,6 +271,21 @@ SCHEMAS: dict[str, pa.Schema] = {
             _field("settings", pa.string(), "What else it depends on; where that has changed it is made again."),
         ]
     ),
+    "experiments": pa.schema(
+        [
+            _field("experiment", pa.string(), "Name of the experiment."),
+            _field("simulator", pa.string(), "Simulator arm whose scores are read, name@hash."),
+            _field("panel", pa.string(), "Title of the plot."),
+            _field("quantity", pa.string(), "What is averaged."),
+            _field("series", pa.string(), "Line of the plot."),
+            _field("x", pa.string(), "Place on the line: an SAE, a rule cap, an explainer."),
+            _field("value", pa.float64(), "Mean over features; null where none has a value."),
+            _field("ci_low", pa.float64(), "Lower end of the 95 % bootstrap interval over features."),
+            _field("ci_high", pa.float64(), "Upper end."),
+            _field("num_features", pa.int32(), "Features averaged."),
+            _field("num_undefined", pa.int32(), "Features without a value."),
+        ]
+    ),
     "predictions": pa.schema(
         [
             _field("feature_key", pa.string(), "Printed feature id."),
@@ -301,6 +316,7 @@ KEYS: dict[str, list[str]] = {
     "llm_calls": ["request_hash"],
     "test_records": ["feature_key", "sequence_id"],
     "scores": ["feature_key", "explainer", "control", "simulator", "scorer", "source", "split"],
+    "experiments": ["experiment", "simulator", "panel", "series", "x"],
     "predictions": ["feature_key", "explainer", "simulator", "split", "source", "sequence_id"],
 }
 

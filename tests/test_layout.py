@@ -12,7 +12,8 @@ ROOT = Path(rayinterp.__file__).parent
 ORDER = [
     "errors", "progress", "config", "pools", "tables", "explanation", "embedded", "prompts", "simulate.simulator",
     "usage", "plan", "plan_table",
-    "hook_points", "saes", "subject", "planted", "documents", "corpus", "postings", "harvest", "nearest", "projection",
+    "hook_points", "saes", "subject", "planted_language", "planted",
+    "documents", "corpus", "postings", "harvest", "nearest", "projection",
     "sources", "index", "sizes", "records", "retrieve", "holistic", "score", "controls", "simulate", "explain",
     "rule_negatives", "grade_plan", "grade",
     "report_data", "report_cards", "report", "show", "preflight", "run", "tune", "cli",

@@ -30,6 +30,7 @@ from rayinterp.explain.client import (
 )
 from rayinterp.explain.feature import Propose, Silent, llm_proposer, prepare_search, search_feature
 from rayinterp.explain.local import served_client
+from rayinterp.explain.planted_llm import planted_client
 from rayinterp.explain.rows import NodeCommitter, arm_ids, explanation_row, why_not
 from rayinterp.explain.status import Spent
 from rayinterp.explanation import Explanation
@@ -84,6 +85,8 @@ def make_client(name: str, config: RunConfig, key: SecretStr | None) -> Generate
         return served_client(service_name("llm", name, config), config.resources.llm.timeout_seconds)
     if llm.provider == "scripted":
         return scripted_client(llm)
+    if llm.provider == "planted":
+        return planted_client(llm.model)
     assert key is not None, f"no key for {name}"
     actors = config.resources.search.num_actors
     rate = llm.requests_per_minute / actors if llm.requests_per_minute else None

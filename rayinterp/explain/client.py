@@ -91,7 +91,7 @@ def endpoint_of(config: LLMConfig) -> str:
     if config.provider == "scripted":
         answers = json.dumps(config.answers, sort_keys=True)
         return f"scripted:{hashlib.sha256(answers.encode()).hexdigest()[:8]}"
-    return "local" if config.provider == "local" else config.base_url or "openai"
+    return config.provider if config.provider in ("local", "planted") else config.base_url or "openai"
 
 
 def api_key(config: LLMConfig) -> SecretStr:

@@ -1,110 +1,48 @@
-"""A made-up language of 248 words, features planted in it, their records, and a simulator that knows what rules mean.
+"""Features planted in the made-up language, each with texts of its own, and a simulator that makes mistakes.
 
-    words < sorts < classes        "the word 'toolora'" < "words for old tools" < "words for tools"; each is a term
-    rule = a term, or "TERM soon after TERM"
-
-Texts are about a few sorts each. Some are given what the feature fires on, fewer a near miss: a word of the same class,
-or the word without its context. So a random silent text says little about a rule that is too broad, and the nearest
-silent texts to its words say a lot. What a feature does on a text is always read off its truth.
+Some texts are given what the feature fires on, fewer a near miss: a word of the same class, or the word without its
+context. So a random silent text says little about a rule that is too broad, and the nearest silent texts to its words
+say a lot.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
-from functools import cache
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from rayinterp.explanation import Explanation, Rule
+from rayinterp.explanation import Explanation
+from rayinterp.planted_language import (
+    COVERS,
+    LENGTH,
+    LITTLE_WORDS,
+    PER_DOCUMENT,
+    VOCABULARY,
+    Kind,
+    encode,
+    fires,
+    parts,
+    put_fragment,
+    sentences,
+    strength,
+    truth,
+)
 from rayinterp.records import ActivationRecord
 from rayinterp.simulate.simulator import RuleRequest, TokenSequence
 from rayinterp.sources import SPLITS
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int
+    from jaxtyping import Float, Int
 
-Kind = Literal["word", "class", "context", "union"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
-
-LITTLE_WORDS = ("the", "a", "of", "and", "in", "with", "to", "is")
-CLASSES = (
-    *("animals", "boats", "clothes", "drinks", "engines", "fruits", "games", "herbs", "insects", "jewels", "kitchens"),
-    *("lamps", "metals", "numbers", "oils", "plants", "quilts", "rivers", "songs", "tools", "uniforms", "vessels"),
-    *("weapons", "yarns"),
-)
-SORTS = ("old", "new")
-ENDINGS = ("ra", "lin", "ket", "mos", "du")
-PER_SORT, PER_CLASS = len(ENDINGS), len(SORTS) * len(ENDINGS)
-VOCABULARY = (*LITTLE_WORDS, *(f"{c[:4]}{s[0]}{e}" for c in CLASSES for s in SORTS for e in ENDINGS))
-INDEX = {word: number for number, word in enumerate(VOCABULARY)}
-AFTER = " soon after "
-DISTANCE = 4
-"""How many words "soon after" reaches back."""
-
-LENGTH, PER_DOCUMENT, POOL = 16, 4, 400
-"""Words of a sequence, sequences of a document, sequences of a split."""
+POOL = 400
+"""Sequences of a split."""
 FIRING, NEAR_MISSES = 0.2, 0.06
 """Shares of sequences that are given what the feature fires on, or nearly that."""
 NOISE = 0.02
 """Share of tokens on which the simulator says anything at all."""
 CHEAP_NOISE = 0.06
 """The same of the simulator for looks."""
-
-
-def terms_of(word: str) -> tuple[str, ...]:
-    """The word itself, its sort and its class; nothing for a little word."""
-    number = INDEX[word] - len(LITTLE_WORDS)
-    if number < 0:
-        return ()
-    name, sort = CLASSES[number // PER_CLASS], SORTS[number % PER_CLASS // PER_SORT]
-    return f"the word '{word}'", f"words for {sort} {name}", f"words for {name}"
-
-
-COVERS: dict[str, Bool[np.ndarray, "vocabulary"]] = {}
-"""Which words a term means."""
-for _number, _word in enumerate(VOCABULARY):
-    for _term in terms_of(_word):
-        COVERS.setdefault(_term, np.zeros(len(VOCABULARY), dtype=bool))[_number] = True
-BY_LEVEL = tuple(sorted({terms_of(word)[level] for word in VOCABULARY[len(LITTLE_WORDS) :]}) for level in range(3))
-"""Terms for words, for sorts and for classes."""
-
-
-def parts(rule: str) -> tuple[str, str | None]:
-    """What fires, and what must stand before it."""
-    target, _, context = rule.partition(AFTER)
-    return target, context or None
-
-
-def joined(target: str, context: str | None) -> str:
-    return target + AFTER + context if context else target
-
-
-def fires(rule: str, words: Int[np.ndarray, "n seq"]) -> Bool[np.ndarray, "n seq"]:
-    """Where the rule holds."""
-    target, context = parts(rule)
-    holds = COVERS[target][words]
-    if context:
-        before, soon = COVERS[context][words], np.zeros_like(holds)
-        for back in range(1, DISTANCE + 1):
-            soon[:, back:] |= before[:, :-back]
-        holds = holds & soon
-    return holds
-
-
-def strength(explanation: Explanation, words: Int[np.ndarray, "n seq"]) -> Float[np.ndarray, "n seq"]:
-    """The largest strength of the rules that hold."""
-    return np.max([rule.strength * fires(rule.activates_on, words) for rule in explanation], axis=0).astype(np.float32)
-
-
-@cache
-def _encoded(tokens: tuple[str, ...]) -> list[int]:
-    return [INDEX[token] for token in tokens]
-
-
-def encode(sequences: Sequence[TokenSequence]) -> Int[np.ndarray, "n seq"]:
-    return np.array([_encoded(sequence.tokens) for sequence in sequences])
 
 
 class Oracle:
@@ -120,7 +58,7 @@ class Oracle:
         return [list(self._predicted(request)) for request in requests]
 
     def _predicted(self, request: RuleRequest) -> Float[np.ndarray, "n seq"]:
-        words = encode(request.sequences)
+        words = encode([sequence.tokens for sequence in request.sequences])
         ids = np.array([sequence.sequence_id for sequence in request.sequences], dtype=np.uint64)
         cells = ids[:, None] * np.uint64(LENGTH) + np.arange(LENGTH, dtype=np.uint64)
         key = zlib.crc32(f"{self._noise} {request.rule}".encode())
@@ -201,56 +139,16 @@ class Planted(NamedTuple):
 def plant(kind: Kind, seed: int, number: int) -> Planted:
     """A feature, all of it drawn from (seed, number)."""
     rng = np.random.default_rng([seed, number, 0])
-    first, second = (CLASSES[i] for i in rng.permutation(len(CLASSES))[:2])
-
-    def term(of_class: str, *levels: int) -> str:
-        return str(rng.choice([name for level in levels for name in BY_LEVEL[level] if name in _below(of_class)]))
-
-    if kind == "word":
-        truth: Explanation = (Rule(term(first, 0)),)
-    elif kind == "class":
-        truth = (Rule(term(first, 1, 2)),)
-    elif kind == "context":
-        truth = (Rule(joined(term(first, int(rng.integers(2))), term(second, 2))),)
-    else:
-        levels = rng.integers(2, size=2)
-        truth = (Rule(term(first, int(levels[0]))), Rule(term(second, int(levels[1])), int(rng.integers(3, 6))))
+    of = truth(kind, rng)
     base = (seed * 1000 + number) * len(SPLITS) * POOL
-    pools = {split: _pool(truth, base + i * POOL, rng) for i, split in enumerate(SPLITS)}
-    return Planted(kind, seed, number, truth, pools)
+    pools = {split: _pool(of, base + i * POOL, rng) for i, split in enumerate(SPLITS)}
+    return Planted(kind, seed, number, of, pools)
 
 
-def _below(of_class: str) -> set[str]:
-    """Terms for anything in a class."""
-    words = COVERS[f"words for {of_class}"]
-    return {term for word in np.flatnonzero(words) for term in terms_of(VOCABULARY[word])}
-
-
-def _pool(truth: Explanation, first_id: int, rng: np.random.Generator) -> Pool:
-    num_sorts = len(CLASSES) * len(SORTS)
-    subjects = np.repeat(rng.integers(num_sorts, size=(POOL // PER_DOCUMENT, 3)), PER_DOCUMENT, axis=0)
-    sorts = np.take_along_axis(subjects, rng.integers(3, size=(POOL, LENGTH)), axis=1)
-    content = len(LITTLE_WORDS) + sorts * PER_SORT + rng.integers(PER_SORT, size=(POOL, LENGTH))
-    words = np.where(rng.random((POOL, LENGTH)) < 0.5, content, rng.integers(len(LITTLE_WORDS), size=(POOL, LENGTH)))
+def _pool(of: Explanation, first_id: int, rng: np.random.Generator) -> Pool:
+    words = sentences(POOL, rng, PER_DOCUMENT)
     for i, chance in enumerate(rng.random(POOL)):
         if chance < FIRING + NEAR_MISSES:
-            part = _fragment(truth, chance < FIRING, rng)
-            start = rng.integers(LENGTH - len(part) + 1)
-            words[i, start : start + len(part)] = part
+            put_fragment(words[i], of, chance < FIRING, rng)
     # A feature is not equally active wherever it is active.
-    return Pool(first_id, words, (strength(truth, words) * rng.uniform(0.6, 1, words.shape)).astype(np.float32))
-
-
-def _fragment(truth: Explanation, firing: bool, rng: np.random.Generator) -> list[int]:
-    """Words on which one of the rules holds, or nearly does."""
-    target, context = parts(truth[rng.integers(len(truth))].activates_on)
-    inside = np.flatnonzero(COVERS[target])
-    whole = np.flatnonzero(COVERS[terms_of(VOCABULARY[inside[0]])[2]])
-    outside = np.setdiff1d(whole, inside)
-    gap = rng.integers(len(LITTLE_WORDS), size=rng.integers(DISTANCE - 1)).tolist()
-    before = [int(rng.choice(np.flatnonzero(COVERS[context]))), *gap] if context else []
-    if firing:
-        return [*before, int(rng.choice(inside))]
-    if context and rng.random() < 0.7:
-        return [int(rng.choice(inside))]
-    return [*before, int(rng.choice(outside))] if len(outside) else [*before, int(rng.choice(inside))]
+    return Pool(first_id, words, (strength(of, words) * rng.uniform(0.6, 1, words.shape)).astype(np.float32))

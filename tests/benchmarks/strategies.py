@@ -15,15 +15,17 @@ from rich.console import Console
 from rich.table import Table
 
 from rayinterp.config import FalsifierConfig, HalvingConfig, OneShotConfig, TreeConfig
+from rayinterp.explain.explainer import Outcome
 from rayinterp.explain.feature import Arm, Propose, Search, prepare_search, search_feature
-from rayinterp.explain.search import TreeSearch
+from rayinterp.explain.planted_llm import Firing, Guesser
+from rayinterp.explain.search import Node, TreeSearch
 from rayinterp.explanation import Explanation
+from rayinterp.planted_language import DISTANCE, KINDS, strength
 from rayinterp.records import ActivationRecord
 from rayinterp.score import correlation, evaluate, false_positives_per_sequence, mean_interval
 from rayinterp.simulate.simulator import SimulateAsync, rules_to_requests
 from rayinterp.subject import FeatureId
 from tests.benchmarks import _planted_language as language
-from tests.benchmarks._blind_proposer import BlindProposer
 from tests.benchmarks.measure import Row
 
 if TYPE_CHECKING:
@@ -86,6 +88,32 @@ class Found(NamedTuple):
     calls: int
     pairs: int
     cheap_pairs: int
+
+
+class BlindProposer:
+    """The planted language's LLM without its prompts: the same guesses, whichever search asks."""
+
+    def __init__(self, train: Iterable[ActivationRecord], seed: int) -> None:
+        self._seed, self.calls = seed, 0
+        self._guesser = Guesser(
+            [
+                Firing(tokens[i], tokens[max(0, i - DISTANCE) : i], float(record.activations[i]))
+                for record in train
+                for tokens in (record.sequence.tokens,)
+                for i in np.flatnonzero(record.activations)
+            ]
+        )
+
+    async def __call__(self, search: TreeSearch, node: Node) -> Outcome:
+        self.calls += 1
+        rng = np.random.default_rng([self._seed, node.node])
+        if node.parent is None:
+            explanation = self._guesser.root(rng)
+        else:
+            parent = search.nodes[node.parent]
+            assert parent.explanation is not None and parent.feedback is not None
+            explanation = self._guesser.revision(parent.explanation, parent.feedback, rng)
+        return Outcome(explanation, "ok", None, 0, 0, None)
 
 
 async def find(
@@ -174,7 +202,7 @@ async def grade(
 def recovers(explanation: Explanation, planted: language.Planted) -> float:
     """1 where it fires on exactly the test tokens on which the feature does."""
     pool = planted.pools["test"]
-    return float(np.array_equal(language.strength(explanation, pool.words) > 0, pool.activations > 0))
+    return float(np.array_equal(strength(explanation, pool.words) > 0, pool.activations > 0))
 
 
 class Result(NamedTuple):
@@ -212,8 +240,8 @@ def collect(num_seeds: int = SEEDS, similar: bool = False) -> dict[str, list[Res
     """Results by method, features in the same order."""
     results: dict[str, list[Result]] = {name: [] for name in METHODS}
     for seed in range(num_seeds):
-        for number in range(PER_KIND * len(language.KINDS)):
-            planted = language.plant(language.KINDS[number % len(language.KINDS)], seed, number)
+        for number in range(PER_KIND * len(KINDS)):
+            planted = language.plant(KINDS[number % len(KINDS)], seed, number)
             for name, result in asyncio.run(compare(planted, similar)).items():
                 results[name].append(result)
     return results
@@ -226,14 +254,14 @@ def said(values: Iterable[float], digits: int = 3) -> str:
 
 def tables(results: dict[str, list[Result]]) -> list[Table]:
     """Test correlations by kind; what else there is to say of each method; what winners may be chosen on."""
-    by_kind = Table("method", *language.KINDS, "all", "less beam", title="correlation on all sources of test")
-    rest = Table("method", "calls", "pairs", "cheap pairs", "reached", "recovered", *language.KINDS, "false positives",
+    by_kind = Table("method", *KINDS, "all", "less beam", title="correlation on all sources of test")
+    rest = Table("method", "calls", "pairs", "cheap pairs", "reached", "recovered", *KINDS, "false positives",
                  "random", "similar", "rule negative", title="means; the last three are correlations")  # fmt: skip
     chosen = Table("method", *CHOICES, "that less beam", title="correlation by what the winner is chosen on")
     recovered = Table("method", *CHOICES, title="recovered by what the winner is chosen on")
     beam = scores(results["beam"])
     for name, of in results.items():
-        kinds = [np.array([result.kind == kind for result in of]) for kind in language.KINDS]
+        kinds = [np.array([result.kind == kind for result in of]) for kind in KINDS]
         values = scores(of)
         by_kind.add_row(name, *(said(values[kind]) for kind in kinds), said(values), said(values - beam))
         exact = np.array([result.grade.recovered for result in of])

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from rayinterp.explain.explainer import Outcome
+from rayinterp.explain.planted_llm import covers, wrong_words
 from rayinterp.explanation import Rule
+from rayinterp.planted_language import COVERS, VOCABULARY, fires, terms_of
 from tests.benchmarks import _planted_language as language
-from tests.benchmarks._blind_proposer import covers, wrong_words
 from tests.benchmarks.strategies import BEAM, COUNTS, FALSIFIED, METHODS, find, grade
 
 
@@ -34,7 +35,7 @@ async def test_no_strategy_does_worse_on_valid_than_its_roots(method):
 def unopposed(planted, broad):
     """Records of train that hold words of the broad rule only where the feature fires; valid has a few others."""
     pool = planted.pools["train"]
-    claimed = language.fires(broad, pool.words)
+    claimed = fires(broad, pool.words)
     clean = np.flatnonzero((claimed <= (pool.activations > 0)).all(1))
     positives = [pool.record(i, "positive") for i in clean if pool.activations[i].any()]
     negatives = [pool.record(i, "random_negative") for i in clean if not pool.activations[i].any()]
@@ -45,8 +46,8 @@ def unopposed(planted, broad):
 async def test_a_rule_that_is_too_broad_wins_unless_it_is_falsified():
     planted = language.plant("word", 0, 0)
     (truth,) = planted.truth
-    word = language.VOCABULARY[int(np.argmax(language.COVERS[truth.activates_on]))]
-    broad = language.terms_of(word)[2]
+    word = VOCABULARY[int(np.argmax(COVERS[truth.activates_on]))]
+    broad = terms_of(word)[2]
 
     async def propose(search, node):
         """The whole class, until the feedback names a word of it that is wrong."""

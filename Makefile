@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-vllm lint types bench saes clean
+.PHONY: demo experiments experiments-embedded test test-slow test-vllm lint types bench saes clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not installed; name a Python of 3.11 or later: make PYTHON=python3"; exit 1; }
@@ -21,6 +21,18 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: $(INSTALLED)
 	$(BIN)/rayinterp demo
+
+EXPERIMENTS := complementary_sources explainer_comparison polysemanticity layer_sweep
+RUN_EXPERIMENTS = for name in $(EXPERIMENTS); do $(BIN)/rayinterp experiment $$name $(1) || exit 1; done
+
+# The paper's figures on planted features; the second line adds what is known of them.
+experiments: $(INSTALLED)
+	@$(call RUN_EXPERIMENTS,configs/experiments/planted.yaml)
+	$(BIN)/rayinterp experiment planted configs/experiments/planted.yaml
+
+# The same figures on the embedded model: about an hour.
+experiments-embedded: $(INSTALLED)
+	@$(call RUN_EXPERIMENTS,configs/experiments/embedded.yaml)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow and not gpu and not vllm"

@@ -198,7 +198,10 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="the numbers alone, for programs")] = False,
 ) -> None:
     """Estimate what a run will cost, by stage: tokens, calls, time, GPU-hours, disk, dollars. Starts nothing."""
-    run_config = load_config(config, overrides)
+    _show_plan(load_config(config, overrides), params, as_json)
+
+
+def _show_plan(run_config: RunConfig, params: list[str] | None, as_json: bool) -> None:
     _quiet()
     from rayinterp.plan import assumptions, plan_run
     from rayinterp.plan_table import plan_as_json, show_plan
@@ -287,6 +290,8 @@ def experiment(
     name: Annotated[str, typer.Argument(help="complementary_sources, explainer_comparison, polysemanticity, ...")],
     config: ConfigPath,
     overrides: Overrides = None,
+    plan_only: Annotated[bool, typer.Option("--plan", help="only estimate what it will cost, from nothing")] = False,
+    params: Annotated[list[str] | None, typer.Option(help="with --plan, as for `rayinterp plan`")] = None,
 ) -> None:
     """Run one of the paper's experiments: its explainers through every stage, then table, figures and page."""
     run_config = load_config(config, overrides)
@@ -294,6 +299,9 @@ def experiment(
     from rayinterp.experiments.design import config_for
 
     run_config = config_for(name, run_config)
+    if plan_only:
+        _show_plan(run_config, params, as_json=False)
+        return
     from rayinterp.run import STAGES
 
     tables = _run_stages(run_config, STAGES)

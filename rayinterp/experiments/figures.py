@@ -52,6 +52,9 @@ def draw(title: str, panels: Sequence[Panel]) -> Figure:
         figure.suptitle(title, fontsize=12, fontweight="bold", x=0.01, ha="left")
         for i, panel in enumerate(panels):
             _draw_panel(figure.add_subplot(rows, columns, i + 1), panel)
+        FigureCanvasAgg(figure)
+        figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # laid out once: every further time moves it a little
     return figure
 
 
@@ -94,7 +97,6 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
 
 def render(figure: Figure, kind: str) -> bytes:
     """The figure as a file of one format; the same bytes for the same figure."""
-    FigureCanvasAgg(figure)
     file = io.BytesIO()
     undated = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[kind]
     with mpl.rc_context(STYLE):

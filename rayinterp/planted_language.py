@@ -3,6 +3,8 @@
     words < sorts < classes        "the word 'toolora'" < "words for old tools" < "words for tools"; each is a term
     rule = a term, or "TERM soon after TERM"; a sentence is rules joined by ", or "
 
+Lists of words, as lexical explanations write them, are terms too: "the words 'toolora', 'toololin'".
+
 A word begins as the name of its class does, so that a sentence encoder hears a rule's words in a text. Four layers of
 features: words, classes, words in a context, unions of unrelated rules. What a feature does on a text is always read
 off its truth, so explanations can be held against it.
@@ -10,6 +12,7 @@ off its truth, so explanations can be held against it.
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -78,10 +81,23 @@ def joined(target: str, context: str | None) -> str:
     return target + AFTER + context if context else target
 
 
+def covered(term: str) -> Bool[np.ndarray, "vocabulary"]:
+    """Which words a term means; none for what is not in the language."""
+    if term in COVERS:
+        return COVERS[term]
+    means = np.zeros(len(VOCABULARY), dtype=bool)
+    if _LIST.fullmatch(term):
+        means[[INDEX[word] for word in re.findall(r"\w+(?=')", term) if word in INDEX]] = True
+    return means
+
+
+_LIST = re.compile(r"(the words? )?'\w+'(, '\w+')*")
+
+
 def wider(term: str) -> str:
     """The next larger term: the word's sort, the sort's class, and of a class the class itself."""
-    terms = terms_of(VOCABULARY[int(np.argmax(COVERS[term]))])
-    return terms[min(terms.index(term) + 1, 2)]
+    terms = terms_of(VOCABULARY[int(np.argmax(covered(term)))])
+    return terms[min(terms.index(term) + 1, 2)] if term in terms else terms[1]
 
 
 def broadened(explanation: Explanation) -> Explanation:
@@ -96,11 +112,9 @@ def fires(sentence: str, words: Int[np.ndarray, "n seq"]) -> Bool[np.ndarray, "n
 
 def _holds(rule: str, words: Int[np.ndarray, "n seq"]) -> Bool[np.ndarray, "n seq"]:
     target, context = parts(rule)
-    if target not in COVERS or (context and context not in COVERS):
-        return np.zeros(words.shape, dtype=bool)
-    holds = COVERS[target][words]
+    holds = covered(target)[words]
     if context:
-        before, soon = COVERS[context][words], np.zeros_like(holds)
+        before, soon = covered(context)[words], np.zeros_like(holds)
         for back in range(1, DISTANCE + 1):
             soon[:, back:] |= before[:, :-back]
         holds = holds & soon

@@ -36,6 +36,8 @@ def on(rule, text):
         ("words for tools soon after words for lamps", "toolora lampora the a of toolora", [0, 0, 0, 0, 0, 1]),
         ("words for tools soon after words for lamps", "lampora the a of in toolora", [0, 0, 0, 0, 0, 0]),
         ("words for tools, or the word 'lampora'", "toolora lampora lampolin", [1, 1, 0]),
+        ("the words 'toolora', 'lampora'", "toolora lampora toololin", [1, 1, 0]),
+        ("the word 'toolora' soon after 'lampora', 'lampolin'", "toolora lampolin a toolora", [0, 0, 0, 1]),
         ("words for anything else", "toolora the", [0, 0]),
         ("words for tools soon after nonsense", "toolora the", [0, 0]),
     ],

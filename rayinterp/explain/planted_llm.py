@@ -115,15 +115,15 @@ class Guesser:
     ) -> str | None:
         """A term, by the square of the number of groups of words that it has a word in; None where there is none."""
         counts = Counter(term for group in words for term in {t for word in group for t in language.terms_of(word)})
-        limit = language.COVERS[narrower_than].sum() if narrower_than else np.inf
-        terms = sorted(term for term in counts if language.COVERS[term].sum() < limit)
+        limit = language.covered(narrower_than).sum() if narrower_than else np.inf
+        terms = sorted(term for term in counts if language.covered(term).sum() < limit)
         weights = np.array([counts[term] ** 2 / (1 + self._silent[term]) for term in terms], dtype=float)
         return str(rng.choice(terms, p=weights / weights.sum())) if terms else None
 
 
 def covers(rule: Rule, word: str) -> bool:
     """Whether the rule is about the word, its context aside."""
-    return bool(language.COVERS[language.parts(rule.activates_on)[0]][language.INDEX[word]])
+    return bool(language.covered(language.parts(rule.activates_on)[0])[language.INDEX[word]])
 
 
 def wrong_words(feedback: str) -> tuple[list[str], list[str]]:

@@ -62,7 +62,7 @@ def test_a_broad_claim_keeps_its_score_on_random_texts_alone(planted):
 
 
 def test_an_experiment_leaves_figures_and_a_page(planted):
-    config, tables, written = planted
+    config, _, written = planted
     assert [Path(file).suffix for file in written.figures] == [".png", ".svg", ".pdf"]
     assert all(Path(file).stat().st_size > 10_000 for file in written.figures)
     page, report = Path(written.page).read_text(), (Path(config.run_dir) / "report.html").read_text()

@@ -8,6 +8,7 @@ Functions of arrays: `grade` applies them to every explanation, the search to it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -197,6 +198,20 @@ def mean_interval(values: Float[np.ndarray, "n"], seed: int, num_bootstrap: int 
     picks = np.random.default_rng(seed).integers(0, n, (num_bootstrap, n))
     low, high = np.quantile(values[picks].mean(1), (0.025, 0.975))
     return Interval(float(values.mean()), float(low), float(high), n)
+
+
+def share_interval(hits: Float[np.ndarray, "n"]) -> Interval:
+    """Share of ones with Wilson's 95 % interval, which has a width also where all are alike.
+
+    Wilson 1927, Probable inference, the law of succession, and statistical inference.
+    """
+    n, z = len(hits), 1.959964
+    if n == 0:
+        return Interval(None, None, None, 0)
+    share = float(hits.mean())
+    centre, spread = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    low, high = ((centre + side * spread) / (1 + z * z / n) for side in (-1, 1))
+    return Interval(share, max(low, 0.0), min(high, 1.0), n)
 
 
 def evaluate(

@@ -21,7 +21,7 @@ from rayinterp.explain.rows import arm_ids
 from rayinterp.explanation import from_json
 from rayinterp.grade_plan import graded_sources
 from rayinterp.report_data import CONTROLS, SCORER, ScoreBook, ScoreKey, score_book
-from rayinterp.score import Interval, mean_interval
+from rayinterp.score import Interval, mean_interval, share_interval
 from rayinterp.subject import FeatureId
 from rayinterp.tables import Tables, sql_in
 
@@ -121,10 +121,15 @@ def read_outcome(config: RunConfig, tables: Tables, simulator: str) -> Outcome:
     )
 
 
-def point(x: str, values: Values, config: RunConfig) -> Point:
-    """The mean of the defined values."""
+def point(x: str, values: Values, config: RunConfig, is_share: bool = False) -> Point:
+    """The mean of the defined values.
+
+    Args:
+        is_share: They are 0 or 1.
+    """
     defined = {key: value for key, value in sorted(values.items()) if value is not None}
-    mean = mean_interval(np.array(list(defined.values()), dtype=float), config.seed, config.score.num_bootstrap)
+    array = np.array(list(defined.values()), dtype=float)
+    mean = share_interval(array) if is_share else mean_interval(array, config.seed, config.score.num_bootstrap)
     return Point(x, mean, defined, len(values) - len(defined))
 
 
@@ -150,12 +155,19 @@ def by_layer(
     return Panel(title, "SAE", y_label, True, series)
 
 
-def by_arm(outcome: Outcome, title: str, y_label: str, arms: Sequence[str], of: Callable[[str], dict[str, Values]]):
+def by_arm(
+    outcome: Outcome,
+    title: str,
+    y_label: str,
+    arms: Sequence[str],
+    of: Callable[[str], Mapping[str, Values]],
+    is_share: bool = False,
+) -> Panel:
     """Means per explainer arm; `of` gives an arm's series."""
     series: dict[str, list[Point]] = {}
     for arm in arms:
         for name, values in of(arm).items():
-            series.setdefault(name, []).append(point(arm, values, outcome.config))
+            series.setdefault(name, []).append(point(arm, values, outcome.config, is_share))
     return Panel(title, "explainer", y_label, False, series)
 
 

@@ -10,6 +10,7 @@ from rayinterp.experiments.design import EXPERIMENTS
 from rayinterp.experiments.figures import FORMATS, draw, render, save
 from rayinterp.experiments.page import part, render_page
 from rayinterp.experiments.results import Outcome, Panel, by_layer, difference, point, result_rows
+from rayinterp.score import share_interval
 from rayinterp.tables import KEYS
 
 CONFIG = load_config(Path(__file__).parent.parent.parent / "configs" / "experiments" / "planted.yaml")
@@ -23,6 +24,15 @@ def test_a_point_averages_what_is_defined_and_counts_the_rest():
     assert one.values == {"layer_10/1": 0.1, "layer_10/2": 0.3, "layer_9/1": 0.5}
     none = point("x", {"layer_9/2": None}, CONFIG)
     assert none.mean.value is None and none.mean.n == 0 and none.num_undefined == 1
+
+
+def test_shares_have_a_width_where_all_are_alike():
+    one = point("x", dict.fromkeys(VALUES, 1.0), CONFIG, is_share=True)
+    # 1 / (1 + z^2 / n)
+    assert one.mean.value == one.mean.high == 1 and math.isclose(one.mean.low, 1 / (1 + 1.959964**2 / 4))
+    assert share_interval(np.array([])).value is None
+    half = share_interval(np.array([0.0, 1.0]))
+    assert math.isclose(half.low + half.high, 1) and half.low > 0
 
 
 def test_differences_are_paired():

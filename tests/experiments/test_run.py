@@ -54,8 +54,7 @@ def test_a_broad_claim_keeps_its_score_on_random_texts_alone(planted):
     _, tables, _ = planted
     score, wrong = values(tables, "Score by source"), values(tables, "False positives by source")
     broad = {source: score["broad", source]["value"] for _, source in score}
-    assert broad["random_negative"] > broad["similar_negative"] > broad["rule_negative"]
-    assert broad["random_negative"] - broad["rule_negative"] > 0.15
+    assert broad["random_negative"] - max(broad["similar_negative"], broad["rule_negative"]) > 0.1
     assert wrong["broad", "rule_negative"]["value"] > 3 * wrong["broad", "random_negative"]["value"]
     truth = [score["truth", source]["value"] for source in broad]
     assert min(truth) > 0.95 and max(truth) - min(truth) < 0.02

@@ -26,9 +26,8 @@ from rayinterp.tables import Tables
 from tests.conftest import planted_config
 from tests.run_planted import start_cluster
 
-SEARCH = "num_llm_roots: 2, width: 2, branching_factor: 2, depth: 6, stop_score: 1, strategy: best_first"
+SEARCH = "num_llm_roots: 2, width: 2, branching_factor: 2, stop_score: 1, strategy: best_first"
 TREE = f"method: tree, llm: knows, simulator: oracle, {SEARCH}"
-EXPLAINERS = f"explainers={{one: {{{TREE}}}, two: {{{TREE}, temperature: 0.7}}}}"
 COMPARED = ("candidates", "explanations", "llm_calls")
 
 
@@ -60,9 +59,10 @@ class Billed:
         return Services({"oracle": lambda: simulate}, dict.fromkeys(config.llms, generate), None)
 
 
-def explain(folder: Path, log: Path) -> Tables:
-    """The stage, from where it stands to its end."""
-    config = planted_config(folder, EXPLAINERS, "resources.search.num_actors=1")
+def explain(folder: Path, log: Path, depth: int = 6) -> Tables:
+    """The stage, from where it stands to its end, with 12 + 24 x `depth` answers."""
+    arms = f"explainers={{one: {{{TREE}, depth: {depth}}}, two: {{{TREE}, depth: {depth}, temperature: 0.7}}}}"
+    config = planted_config(folder, arms, "resources.search.num_actors=1")
     tables = Tables(str(folder))
     committer = start_committer(tables)
     run_explain(config, tables, committer, connect=Billed(log))
@@ -79,4 +79,4 @@ def commit_often() -> None:
 
 if __name__ == "__main__":
     start_cluster(commit_often)
-    explain(Path(sys.argv[1]), Path(sys.argv[2]))
+    explain(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))

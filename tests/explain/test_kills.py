@@ -63,11 +63,12 @@ def paid_again(log: Path, kills: list[Kill]) -> int:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # five drivers are started
 def test_killed_ten_times_driver_and_search_actors_in_turn(planted_run, tmp_path):
-    undisturbed = explain(copy_upstream(planted_run, tmp_path / "undisturbed"), tmp_path / "undisturbed.log")
+    depth = 12  # an actor takes seconds to die and be replaced, and the searches go on: there must be enough for ten
+    undisturbed = explain(copy_upstream(planted_run, tmp_path / "undisturbed"), tmp_path / "undisturbed.log", depth)
     folder, log, rng = copy_upstream(planted_run, tmp_path / "run"), tmp_path / "run.log", random.Random(0)
     # A cluster of its own for each driver: the session's must outlive it.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    command = [sys.executable, "-m", "tests.explain.kill_explain", str(folder), str(log)]
+    command = [sys.executable, "-m", "tests.explain.kill_explain", str(folder), str(log), str(depth)]
     kills: list[Kill] = []
     while True:
         driver = psutil.Popen(command, env=environment, start_new_session=True)

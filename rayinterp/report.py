@@ -155,6 +155,7 @@ def write_report(tables: Tables, config: RunConfig) -> str:
     page = _environment(summary.order).get_template("report.html.j2")
     pieces = page.generate(
         config=config,
+        experiments=sorted(tables.distinct("experiments", "experiment")),
         num_sequences=tables.count("sequences"),
         summary=summary,
         pairs=pair_table(summary.comparisons),

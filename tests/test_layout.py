@@ -16,7 +16,7 @@ ORDER = [
     "documents", "corpus", "postings", "harvest", "nearest", "projection",
     "sources", "index", "sizes", "records", "retrieve", "holistic", "score", "controls", "simulate", "explain",
     "rule_negatives", "grade_plan", "grade",
-    "report_data", "report_cards", "report", "show", "preflight", "run", "tune", "cli",
+    "report_data", "report_cards", "report", "experiments", "show", "preflight", "run", "tune", "cli",
 ]  # fmt: skip
 """Each module may import from those before it."""
 

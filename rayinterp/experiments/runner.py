@@ -14,6 +14,7 @@ from rayinterp.experiments.design import EXPERIMENTS
 from rayinterp.experiments.figures import draw, render, save
 from rayinterp.experiments.page import part, render_page
 from rayinterp.experiments.results import PANELS, read_outcome, result_rows
+from rayinterp.report import write_report
 from rayinterp.tables import Tables
 
 FOLDER = "experiments"
@@ -28,10 +29,10 @@ class Written(NamedTuple):
 
 
 def write_experiment(name: str, config: RunConfig, tables: Tables) -> Written:
-    """Table, figures and page of an experiment whose stages have run; done again, it replaces what was there.
+    """Table, figures, page, and a link in the report; done again, it replaces what was there.
 
     Args:
-        config: From `config_for`.
+        config: From `config_for`; its stages have run.
     """
     experiment = EXPERIMENTS[name]
     folder = f"{tables.root.rstrip('/')}/{FOLDER}"
@@ -52,4 +53,5 @@ def write_experiment(name: str, config: RunConfig, tables: Tables) -> Written:
     with fsspec.open(page, "w", encoding="utf-8", auto_mkdir=True) as file:
         names = [path.rpartition("/")[2] for path in figures]
         file.write(render_page(experiment, config, parts, names))  # type: ignore[attr-defined]
+    write_report(tables, config)
     return Written(page, figures)

@@ -66,6 +66,7 @@ def test_an_experiment_leaves_figures_and_a_page(planted):
     assert all(Path(file).stat().st_size > 10_000 for file in written.figures)
     page, report = Path(written.page).read_text(), (Path(config.run_dir) / "report.html").read_text()
     cards = {link.split('"')[0] for link in page.split('href="../report.html#')[1:]}
+    assert '<a href="experiments/planted.html">' in report
     assert cards and all(f'id="{card}"' in report for card in cards)
 
 

@@ -19,7 +19,14 @@ from rayinterp.controls import TokenLookupSimulator
 from rayinterp.grade_plan import FeatureWork, ScorePlan, graded_sources, score_row, unscored_rows
 from rayinterp.progress import Progress, silent
 from rayinterp.records import ActivationRecord, load_records
-from rayinterp.score import SCORERS, WIDE_BELOW, Score, false_positives_per_sequence, score_all
+from rayinterp.score import (
+    SCORERS,
+    WIDE_BELOW,
+    Score,
+    false_negatives_per_sequence,
+    false_positives_per_sequence,
+    score_all,
+)
 from rayinterp.simulate.client import SimulatorClient
 from rayinterp.simulate.simulator import CONTROL_NULLS, RuleRequest, combine
 from rayinterp.sources import generator_for
@@ -104,9 +111,14 @@ def _score_rows(
     generator = generator_for(config.seed, feature, "bootstrap", explainer, control, simulator, source)
     # Only a single text's interval is kept.
     num_bootstrap = config.score.num_bootstrap if len(group) == 1 else 1
-    each = [score_all(true, [p[i] for i in places], documents, generator, num_bootstrap, wide) for p in group]
+    kinds = [test[i].source for i in places]
+    each = [score_all(true, [p[i] for i in places], documents, generator, num_bootstrap, wide, kinds) for p in group]
     false_positives = [
         false_positives_per_sequence([test[i].activations for i in silent], [p[i] for i in silent]) for p in group
+    ]
+    positive = [i for i in places if test[i].source == "positive"]
+    false_negatives = [
+        false_negatives_per_sequence([test[i].activations for i in positive], [p[i] for i in positive]) for p in group
     ]
     rows = []
     for scorer in SCORERS:
@@ -123,6 +135,7 @@ def _score_rows(
                 ci_high=only.high if only else None,
                 num_records=len(places),
                 false_positives_per_sequence=_mean_defined(false_positives),
+                false_negatives_per_sequence=_mean_defined(false_negatives),
                 status=status,
             )
         )

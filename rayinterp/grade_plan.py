@@ -115,7 +115,7 @@ def plan_grading(
 def settings_of(config: RunConfig, num_rule_negatives: int) -> str:
     """What a feature's scores depend on besides arms and records: they are made again where it has changed."""
     score = config.score
-    return f"bootstrap {score.num_bootstrap}, shuffled {score.num_shuffled}, rule negatives " + (
+    return f"studentised bootstrap {score.num_bootstrap}, shuffled {score.num_shuffled}, rule negatives " + (
         f"{score.num_rule_negatives} an arm, {num_rule_negatives} in all" if score.num_rule_negatives else "0"
     )
 

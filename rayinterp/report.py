@@ -246,7 +246,7 @@ def index_rows(data: Mapping[str, pa.Table], book: ScoreBook, order: Order) -> l
         missing = [status if status != "live" else row["status"] if row else "not_explained" for row in rows]
         scores = [
             book.get(ScoreKey(simulator, source, explainer), {}).get(key)
-            or Score(None, None, None, None, None, "not_graded" if why == "ok" else why)
+            or Score(None, None, None, None, None, None, "not_graded" if why == "ok" else why)
             for simulator in order.simulators[:1]
             for source in order.sources[:1]
             for explainer, why in zip(order.explainers, missing, strict=True)

@@ -36,7 +36,8 @@ FEW_FEATURES = 10
 
 SCORE_COLUMNS = (
     *("feature_key", "explainer", "control", "simulator", "scorer", "source", "split"),
-    *("value", "ci_low", "ci_high", "num_records", "false_positives_per_sequence", "status"),
+    *("value", "ci_low", "ci_high", "num_records", "false_positives_per_sequence"),
+    *("false_negatives_per_sequence", "status"),
 )
 
 REASONS = {
@@ -58,6 +59,7 @@ REASONS = {
     "pruned": "left out after a cheaper simulator's look",
     "not_explained": "no explainer has run on it",
     "not_graded": "not graded with this simulator",
+    "not_finite": "a prediction that is no number",
     "wide": "few records, so a wide interval",
 }
 """Statuses in words; one that is missing here is shown as it stands in the table."""
@@ -74,6 +76,7 @@ class Score(NamedTuple):
     low: float | None
     high: float | None
     false_positives: float | None
+    false_negatives: float | None
     num_records: int | None
     status: str
 
@@ -122,6 +125,7 @@ class ArmSummary(NamedTuple):
     unscored: tuple[tuple[str, int], ...]
     """Statuses of the features without a score, most frequent first."""
     false_positives: Interval
+    false_negatives: Interval
     controls: tuple[ControlSummary, ...]
     other_scorers: tuple[tuple[str, Interval], ...]
 
@@ -228,6 +232,7 @@ def score_book(scores: pa.Table) -> ScoreBook:
                 number(row["ci_low"]),
                 number(row["ci_high"]),
                 number(row["false_positives_per_sequence"]),
+                number(row["false_negatives_per_sequence"]),
                 row["num_records"],
                 row["status"],
             )
@@ -361,6 +366,7 @@ def _summarise_arm(book: ScoreBook, key: ScoreKey, statuses: Mapping[str, str], 
         sum(score.status == "wide" for score in graded.values()),
         tuple(unscored.most_common()),
         _mean([score.false_positives for score in graded.values()], config),
+        _mean([score.false_negatives for score in graded.values()], config),
         tuple(_control(book, key, control, config) for control in CONTROLS),
         tuple((scorer, _mean([score.value for score in rows.values()], config)) for scorer, rows in others if rows),
     )

@@ -165,7 +165,14 @@ def _strips(card: Card, record: RecordView, labels: dict[str, str]) -> Table:
 def _scores(said: ExplanationView, labels: dict[str, str]) -> Table:
     controls = [control for control, _ in said.scores[0].controls]
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for title in ("graded by", "source", "test correlation", *(c.replace("_", " ") for c in controls), "false pos."):
+    for title in (
+        "graded by",
+        "source",
+        "test correlation",
+        *(c.replace("_", " ") for c in controls),
+        "false pos.",
+        "false neg.",
+    ):
         table.add_column(title)
     for row in said.scores:
         table.add_row(
@@ -174,6 +181,7 @@ def _scores(said: ExplanationView, labels: dict[str, str]) -> Table:
             _cell(row.own, "bold"),
             *(_cell(score) for _, score in row.controls),
             fixed(row.own.false_positives),
+            fixed(row.own.false_negatives),
         )
     return table
 

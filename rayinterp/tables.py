@@ -267,6 +267,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             _field("ci_high", pa.float64(), "Upper end."),
             _field("num_records", pa.int32(), "Records scored."),
             _field("false_positives_per_sequence", pa.float64(), "Silent tokens predicted above 1, per silent record."),
+            _field("false_negatives_per_sequence", pa.float64(), "Tokens above 1 predicted at most 1, per positive."),
             _field("status", pa.string(), "ok, wide (few records), or why there is no value."),
             _field("settings", pa.string(), "What else it depends on; where that has changed it is made again."),
         ]
@@ -371,12 +372,23 @@ class Tables:
         return self.open(table) is not None
 
     def read(self, table: str, columns: Sequence[str] | None = None, where: str | None = None) -> pa.Table:
-        """Rows that pass the SQL filter `where`; an empty table where nothing has been written yet."""
+        """Rows that pass the SQL filter `where`; an empty table where nothing has been written yet.
+
+        Columns that the table was written without, by an earlier version of this package, are null.
+        """
         dataset = self.open(table)
         if dataset is None:
             empty = SCHEMAS[table].empty_table()
             return empty if columns is None else empty.select(list(columns))
-        return dataset.to_table(columns=None if columns is None else list(columns), filter=where)
+        wanted = dataset.schema.names + _lacking(table, dataset).names if columns is None else list(columns)
+        there = [name for name in wanted if name in dataset.schema.names]
+        rows = dataset.to_table(columns=there or KEYS[table], filter=where)
+        for name in wanted:
+            if name not in there:
+                rows = rows.append_column(
+                    SCHEMAS[table].field(name), pa.nulls(len(rows), SCHEMAS[table].field(name).type)
+                )
+        return rows.select(wanted)
 
     def ray_dataset(
         self, table: str, columns: Sequence[str] | None = None, where: str | None = None
@@ -408,6 +420,11 @@ class Tables:
         if dataset is None:
             lance.write_dataset(data, self.uri(table), storage_options=self.storage_options)
         else:
+            lacking = _lacking(table, dataset)
+            if lacking.names:
+                dataset.add_columns(lacking)  # nulls in the rows of before, which no file is rewritten for
+                dataset = self.open(table)
+                assert dataset is not None
             dataset.merge_insert(KEYS[table]).when_not_matched_insert_all().execute(data)
 
     def create(self, table: str, rows: pa.Table | list[dict[str, Any]] | Iterator[pa.RecordBatch]) -> None:
@@ -579,6 +596,11 @@ class VectorIndex:
             .select(["sequence_id", "vector"])
             .to_arrow()
         )
+
+
+def _lacking(table: str, dataset: lance.LanceDataset) -> pa.Schema:
+    """Columns that have joined the schema since the table was written."""
+    return pa.schema([field for field in SCHEMAS[table] if field.name not in dataset.schema.names])
 
 
 @contextmanager

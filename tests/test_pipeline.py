@@ -41,7 +41,7 @@ def test_the_true_explanation_scores_almost_perfectly_on_test(planted_run):
         assert row["ci_low"] > 0.9
         assert row["status"] == ("wide" if source == "rule_negative" else "ok")
         assert row["num_records"] == 60 or source == "rule_negative"
-        assert row["false_positives_per_sequence"] == 0
+        assert row["false_positives_per_sequence"] == row["false_negatives_per_sequence"] == 0
     assert all(row["value"] > 0.95 for row in scores(planted_run, "right@", "r2").values())
 
 
@@ -50,7 +50,7 @@ def test_a_wrong_explanation_scores_near_zero(planted_run):
     for feature in (0, 1):
         row = found[feature, "random_negative"]
         assert abs(row["value"]) < 0.1
-        assert row["false_positives_per_sequence"] > 0
+        assert row["false_positives_per_sequence"] > 0 and row["false_negatives_per_sequence"] > 0
 
 
 def test_an_answer_that_did_not_parse_is_a_status_and_never_an_explanation(planted_run):

@@ -155,6 +155,7 @@ def score_rows(config: RunConfig) -> list[dict[str, Any]]:
             "ci_high": None if value is None else value + 0.1,
             "num_records": 4,
             "false_positives_per_sequence": 0.5,
+            "false_negatives_per_sequence": 1.25,
             "status": "constant_prediction" if value is None else "wide",
         }
         for (explainer, control, simulator), values in SCORES.items()
@@ -263,17 +264,17 @@ def test_controls_stand_beside_their_explainer(page: Page, summary: Summary, con
     assert means["token_lookup"].value == pytest.approx(0.7)
     assert means["null"] == Interval(None, None, None, 0)
 
-    name, value, scored, unscored, false_positives, lookup, shuffled, null = page.rows[
+    name, value, scored, unscored, false_positives, false_negatives, lookup, shuffled, null = page.rows[
         f"{tree.key.simulator} {SOURCE} {tree.key.explainer}"
     ]
     assert name == "tree"
     assert value.startswith("0.60 [") and "wide" in value
     assert scored == "3" and "1 constant prediction" in unscored and "no records" in unscored
-    assert false_positives.startswith("0.50")
+    assert false_positives.startswith("0.50") and false_negatives.startswith("1.25")
     assert lookup.startswith("0.70") and shuffled.startswith("0.15") and "none scored" in null
 
     lexical = page.rows[f"{tree.key.simulator} {SOURCE} {arm(config, 'lexical')}"]
-    assert lexical[6].startswith("– none scored"), "tree's shuffled control is not lexical's"
+    assert lexical[7].startswith("– none scored"), "tree's shuffled control is not lexical's"
 
 
 def test_a_pair_is_compared_on_features_that_both_scored(book: ScoreBook, config: RunConfig) -> None:
@@ -449,7 +450,7 @@ def key_of(config: RunConfig, explainer: str, simulator: str) -> ScoreKey:
 
 
 def score_of(value: float) -> Score:
-    return Score(value, None, None, None, None, "ok")
+    return Score(value, None, None, None, None, None, "ok")
 
 
 def test_what_a_cheap_first_look_spared_and_how_far_it_agrees():

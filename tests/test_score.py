@@ -1,15 +1,19 @@
 import numpy as np
 import pytest
+from scipy.stats import pearsonr
+from sklearn.metrics import r2_score, roc_auc_score
 
 from rayinterp.score import (
     SCORERS,
     correlation,
     evaluate,
+    false_negatives_per_sequence,
     false_positives_per_sequence,
     leave_one_out,
     mean_interval,
     score_all,
 )
+from tests.sparse_scores import draw_records, measure_coverage
 
 
 @pytest.fixture
@@ -53,23 +57,136 @@ def test_intervals_resample_documents(pair, rng):
     assert one.low < one.value < one.high
 
 
-def test_the_interval_covers_the_truth_about_as_often_as_it_says():
-    rng = np.random.default_rng(3)
-    covered = 0
-    for _ in range(200):
-        x = rng.normal(size=(60, 8))
-        y = 0.6 * x + 0.8 * rng.normal(size=(60, 8))
-        score = score_all(list(x), list(y), list(range(60)), rng, 300, False)["correlation"]
-        covered += score.low <= 0.6 <= score.high
-    assert 0.88 <= covered / 200 <= 0.99
-
-
 @pytest.mark.parametrize(("true", "predicted", "status"), [(0, 1, "constant_truth"), (1, 0, "constant_prediction")])
 def test_undefined_is_none_with_a_reason(true, predicted, status, rng):
     varied, flat = [np.arange(8.0), np.arange(8.0)[::-1]], [np.full(8, 2.1), np.full(8, 2.1)]
     scores = scored((flat, varied)[true], (flat, varied)[predicted], rng)
     assert scores["correlation"] == (None, None, None, status)
     assert correlation(np.full(8, 2.1), np.arange(8.0)) is None
+
+
+SEEDS = range(12)
+
+
+def drawn(seed, num_each=8):
+    """Records as scoring sees them, and their documents."""
+    draw = draw_records(np.random.default_rng(seed), num_each)
+    return list(draw.true), list(draw.predicted), draw.document_ids.tolist(), draw.kinds
+
+
+def values(true, predicted, documents=None, kinds=None):
+    scores = score_all(true, predicted, documents or list(range(len(true))), np.random.default_rng(0), 20, False, kinds)
+    return {name: score.value for name, score in scores.items()}
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_scores_are_those_of_other_libraries(seed):
+    true, predicted, documents, kinds = drawn(seed)
+    t, p = np.concatenate(true), np.concatenate(predicted)
+    found = values(true, predicted, documents, kinds)
+    assert found["correlation"] == pytest.approx(pearsonr(t, p).statistic)
+    assert correlation(t, p) == pytest.approx(pearsonr(t, p).statistic)
+    assert found["r2"] == pytest.approx(r2_score(t, p))
+    assert found["r2_uncentered"] == pytest.approx(r2_score(np.append(t, -t), np.append(p, -p)))
+    assert found["auroc"] == pytest.approx(roc_auc_score(t > 0, p))
+    rounded = [np.round(x) for x in predicted]
+    assert values(true, rounded)["auroc"] == pytest.approx(roc_auc_score(t > 0, np.concatenate(rounded)))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_what_changes_a_score_and_what_does_not(seed):
+    true, predicted, documents, kinds = drawn(seed)
+    rng = np.random.default_rng(seed)
+    plain = values(true, predicted, documents, kinds)
+    factor, shift = rng.uniform(0.2, 5), rng.uniform(-2, 2)
+
+    def scaled(side, factor, shift=0.0):
+        return [factor * x + shift for x in side]
+
+    of_prediction = values(true, scaled(predicted, factor, shift))
+    assert of_prediction["correlation"] == pytest.approx(plain["correlation"])
+    assert of_prediction["auroc"] == pytest.approx(plain["auroc"])
+    assert values(scaled(true, factor, shift), predicted)["correlation"] == pytest.approx(plain["correlation"])
+    assert values(true, scaled(predicted, -1))["correlation"] == pytest.approx(-plain["correlation"])
+    assert values(true, scaled(predicted, -1))["auroc"] == pytest.approx(1 - plain["auroc"])
+    both = values(scaled(true, factor), scaled(predicted, factor))
+    assert both == {name: pytest.approx(value) for name, value in plain.items()}
+    moved = values(scaled(true, 1, shift), scaled(predicted, 1, shift))
+    assert moved["r2"] == pytest.approx(plain["r2"])  # the others know where zero is
+    assert moved["r2_uncentered"] != pytest.approx(plain["r2_uncentered"])
+
+    records = rng.permutation(len(true)).tolist()
+    mixed = [[side[i] for i in records] for side in (true, predicted, documents, kinds)]
+    assert values(*mixed) == {name: pytest.approx(value) for name, value in plain.items()}
+    tokens = [rng.permutation(len(t)) for t in true]
+    mixed = [[x[order] for x, order in zip(side, tokens, strict=True)] for side in (true, predicted)]
+    assert values(*mixed) == {name: pytest.approx(value) for name, value in plain.items()}
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_bounds(seed):
+    true, predicted, documents, kinds = drawn(seed)
+    scores = score_all(true, predicted, documents, np.random.default_rng(0), 200, False, kinds)
+    for name, lowest in {"correlation": -1, "auroc": 0}.items():
+        assert lowest <= scores[name].low <= scores[name].value <= scores[name].high <= 1
+    for name in SCORERS:
+        assert scores[name].low <= scores[name].value <= scores[name].high <= 1
+        assert scores[name].low < scores[name].high or scores[name].value == pytest.approx(1)
+    perfect = score_all(true, true, documents, np.random.default_rng(0), 200, False, kinds)
+    for score in perfect.values():
+        assert score[:3] == (pytest.approx(1), pytest.approx(1), pytest.approx(1))
+
+
+@pytest.mark.parametrize("constant", [0.0, 2.1, 1e-6])
+def test_constants_have_no_correlation(constant):
+    true, predicted, documents, kinds = drawn(0)
+    flat = [np.full_like(t, constant) for t in true]
+    of_flat = score_all(true, flat, documents, np.random.default_rng(0), 20, False, kinds)
+    assert of_flat["correlation"] == (None, None, None, "constant_prediction")
+    assert of_flat["auroc"][:3] == (0.5, 0.5, 0.5)
+    assert of_flat["r2"].value == pytest.approx(r2_score(np.concatenate(true), np.concatenate(flat)))
+    from_flat = score_all(flat, predicted, documents, np.random.default_rng(0), 20, False, kinds)
+    for name in ("correlation", "r2", "auroc"):
+        assert from_flat[name] == (None, None, None, "constant_truth")
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("side", [0, 1])
+def test_what_is_not_a_number_gives_a_status_and_never_a_score(wrong, side):
+    true, predicted, documents, kinds = drawn(0)
+    (true, predicted)[side][3] = np.where(np.arange(32) == 5, wrong, (true, predicted)[side][3])
+    scores = score_all(true, predicted, documents, np.random.default_rng(0), 20, False, kinds)
+    assert set(scores.values()) == {(None, None, None, "not_finite")}
+    assert correlation(np.concatenate(true), np.concatenate(predicted)) is None
+    assert np.isnan(leave_one_out(true, predicted)).all()
+    assert false_positives_per_sequence(true, predicted) is None
+    assert false_negatives_per_sequence(true, predicted) is None
+
+
+def test_one_document_of_a_kind_says_nothing_of_others(pair, rng):
+    kinds = ["positive"] * 20 + ["silent"] * 20
+    one = score_all(*pair, [7] * 20 + list(range(20)), rng, 50, True, kinds)["correlation"]
+    assert one.value is not None and one.low is one.high is None
+    two = score_all(*pair, [7] * 19 + [8] + list(range(20)), rng, 50, True, kinds)["correlation"]
+    assert two.low < two.value < two.high
+
+
+def test_how_many_there_are_of_a_kind_is_no_source_of_doubt():
+    """Every positive and every silent record is like the next: only their mix could differ, and that was decided."""
+    true = [np.array([0.0, 5.0])] * 10 + [np.zeros(2)] * 10
+    predicted = [np.array([1.0, 3.0])] * 10 + [np.array([2.0, 0.0])] * 10
+    kinds = ["positive"] * 10 + ["silent"] * 10
+    for score in score_all(true, predicted, list(range(20)), np.random.default_rng(0), 50, True, kinds).values():
+        assert score.low == score.value == score.high
+    mixed = score_all(true, predicted, list(range(20)), np.random.default_rng(0), 50, True)["correlation"]
+    assert mixed.low < mixed.value < mixed.high
+
+
+def test_the_interval_of_every_scorer_covers_its_truth():
+    """The full measurement is `make bench NAME=coverage`."""
+    for name, (covered, width) in measure_coverage(100, 300).items():
+        assert 0.86 <= covered <= 0.99, name
+        assert 0 < width < 1.6, name
 
 
 def test_few_records_are_marked_wide(pair, rng):
@@ -82,6 +199,13 @@ def test_false_positives_count_silent_tokens_predicted_above_one():
     predicted = [np.array([1.5, 1.0, 5.0]), np.array([3.0, 2.0, 0.0])]
     assert false_positives_per_sequence(true, predicted) == 1.5
     assert false_positives_per_sequence([], []) is None
+
+
+def test_false_negatives_count_firing_tokens_predicted_silent():
+    true = [np.array([1.0, 1.1, 4.0]), np.array([5.0, 2.0, 0.0])]
+    predicted = [np.array([0.0, 1.0, 1.1]), np.array([0.9, 0.0, 0.0])]
+    assert false_negatives_per_sequence(true, predicted) == 1.5
+    assert false_negatives_per_sequence([], []) is None
 
 
 def test_leave_one_out_equals_the_slow_way(pair):

@@ -98,7 +98,7 @@ def test_the_card_says_what_and_how_well(tables: Tables, config: RunConfig) -> N
     assert "the word [red]ago[/red]" in text, "text from an LLM is not markup"
     assert "valid 0.40" in text and "train –" in text
     row = next(line for line in text.splitlines() if line.startswith("late"))
-    assert " ".join(row.split()) == "late random negative 0.51 (wide) 0.25 – not graded – constant prediction –"
+    assert " ".join(row.split()) == "late random negative 0.51 (wide) 0.25 – not graded – constant prediction – –"
     assert "positive: 2 of 3" in text
     assert "– not simulated" in text
 

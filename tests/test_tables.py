@@ -237,3 +237,21 @@ def test_what_a_reader_has_opened_stays_while_a_committer_compacts(tmp_path):
     assert opened.to_table(filter="sequence_id in (3, 4)").num_rows == 2
     tables.finish("simulations")
     assert len(tables.open("simulations").versions()) == 1
+
+
+def test_a_table_of_an_earlier_version_gains_the_columns_that_it_lacks(tmp_path, monkeypatch):
+    tables = Tables(str(tmp_path))
+    row = {"feature_key": "a/1", "explainer": "e", "control": "", "simulator": "s", "source": "x", "split": "test"}
+    schema, name = SCHEMAS["scores"], "false_negatives_per_sequence"
+    monkeypatch.setitem(SCHEMAS, "scores", schema.remove(schema.get_field_index(name)))
+    tables.append("scores", [{**row, "scorer": "r2", "value": 0.5}])
+    monkeypatch.setitem(SCHEMAS, "scores", schema)
+    for columns in (None, ["value", name], [name]):
+        read = tables.read("scores", columns, "scorer = 'r2'")
+        assert read[name].to_pylist() == [None] and set(read.column_names) == set(columns or schema.names)
+    tables.append("scores", [{**row, "scorer": "auroc", name: 1.5}])
+    found = {r["scorer"]: (r["value"], r[name]) for r in tables.read("scores").to_pylist()}
+    assert found == {"r2": (0.5, None), "auroc": (None, 1.5)}
+    tables.delete("scores", "scorer = 'r2'")
+    tables.finish("scores")
+    assert tables.read("scores", [name])[name].to_pylist() == [1.5]

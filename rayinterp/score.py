@@ -119,7 +119,7 @@ def _defined(value: np.ndarray) -> float | None:
     return None if np.isnan(value) else float(value)
 
 
-def _auroc(
+def auroc(
     true: np.ndarray, predicted: np.ndarray, weights: Float[np.ndarray, "resamples n"]
 ) -> Float[np.ndarray, "resamples"]:
     """Chance that a firing token is predicted above a silent one, ties counting half; nan without both kinds."""
@@ -153,16 +153,21 @@ def score_all(
     scores = {
         name: _score(metric(sums.sum(0)), metric(resampled), t, p, wide) for name, metric in _FROM_MOMENTS.items()
     }
-    whole = _auroc(t, p, np.ones((1, len(t))))[0]
+    whole = auroc(t, p, np.ones((1, len(t))))[0]
     # In parts: weights for all resamples and tokens at once would be gigabytes for long sequences.
     parts = np.array_split(draws, max(1, num_bootstrap * len(t) // MAX_AUROC_WEIGHTS))
-    resampled_auroc = np.concatenate([_auroc(t, p, part[:, groups]) for part in parts])
+    resampled_auroc = np.concatenate([auroc(t, p, part[:, groups]) for part in parts])
     return {**scores, "auroc": _score(whole, resampled_auroc, t, p, wide)}
 
 
 def _score(value: np.ndarray, resampled: np.ndarray, true: np.ndarray, predicted: np.ndarray, wide: bool) -> Score:
     if np.isnan(value):
         return Score(None, None, None, undefined_because(true, predicted))
+    return with_interval(value, resampled, wide)
+
+
+def with_interval(value: np.ndarray, resampled: Float[np.ndarray, "resamples"], wide: bool) -> Score:
+    """A value and the interval of its resamples, those left out in which it is undefined."""
     defined = resampled[~np.isnan(resampled)]
     low, high = np.quantile(defined, (0.025, 0.975)) if len(defined) else (None, None)
     return Score(

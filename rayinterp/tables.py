@@ -238,6 +238,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             _field("completion_tokens", pa.int64(), "Tokens written."),
             _field("cost_usd", pa.float64(), "Price by the config's table; null without one."),
             _field("seconds", pa.float64(), "Wall time of the call."),
+            _field("stage", pa.string(), "explain or score; null, in tables of before, is explain."),
         ]
     ),
     "test_records": pa.schema(
@@ -258,8 +259,13 @@ SCHEMAS: dict[str, pa.Schema] = {
             *_FEATURE,
             _field("explainer", pa.string(), "Explainer arm, name@hash."),
             _field("control", pa.string(), "Empty for the explanation itself; else null, shuffled or token_lookup."),
-            _field("simulator", pa.string(), "Simulator arm, name@hash."),
-            _field("scorer", pa.string(), "correlation, r2, r2_uncentered, abs_dev_explained, auroc."),
+            _field("simulator", pa.string(), "Simulator arm, name@hash; of a further scorer its own arm."),
+            _field(
+                "scorer",
+                pa.string(),
+                "correlation, r2, r2_uncentered, abs_dev_explained, auroc; detection, fuzzing, intruder, surprisal, "
+                "embedding.",
+            ),
             _field("source", pa.string(), "Complementary source of the records."),
             _field("split", pa.string(), "Split of the records."),
             _field("value", pa.float64(), "The score; null where undefined."),
@@ -269,6 +275,11 @@ SCHEMAS: dict[str, pa.Schema] = {
             _field("false_positives_per_sequence", pa.float64(), "Silent tokens predicted above 1, per silent record."),
             _field("status", pa.string(), "ok, wide (few records), or why there is no value."),
             _field("settings", pa.string(), "What else it depends on; where that has changed it is made again."),
+            _field(
+                "num_unparsed",
+                pa.int32(),
+                "Records left out since no answer about them parsed, retries included; null where nothing is parsed.",
+            ),
         ]
     ),
     "predictions": pa.schema(
@@ -303,6 +314,9 @@ KEYS: dict[str, list[str]] = {
     "scores": ["feature_key", "explainer", "control", "simulator", "scorer", "source", "split"],
     "predictions": ["feature_key", "explainer", "simulator", "split", "source", "sequence_id"],
 }
+
+_ADDED: dict[str, tuple[str, ...]] = {"llm_calls": ("stage",), "scores": ("num_unparsed",)}
+"""Columns that tables of earlier run directories lack: null when read, added by the first write."""
 
 VOLATILE: dict[str, list[str]] = {"llm_calls": ["seconds"]}
 """Columns that may differ between two runs of the same work."""
@@ -360,7 +374,14 @@ class Tables:
         if dataset is None:
             empty = SCHEMAS[table].empty_table()
             return empty if columns is None else empty.select(list(columns))
-        return dataset.to_table(columns=None if columns is None else list(columns), filter=where)
+        wanted = list(SCHEMAS[table].names if columns is None else columns)
+        missing = [name for name in wanted if name in _ADDED.get(table, ()) and name not in dataset.schema.names]
+        if not missing:
+            return dataset.to_table(columns=None if columns is None else wanted, filter=where)
+        rows = dataset.to_table(columns=[name for name in wanted if name not in missing], filter=where)
+        for name in missing:
+            rows = rows.append_column(SCHEMAS[table].field(name), pa.nulls(len(rows), SCHEMAS[table].field(name).type))
+        return rows.select(wanted)
 
     def ray_dataset(
         self, table: str, columns: Sequence[str] | None = None, where: str | None = None
@@ -392,6 +413,9 @@ class Tables:
         if dataset is None:
             lance.write_dataset(data, self.uri(table), storage_options=self.storage_options)
         else:
+            missing = [data.schema.field(n) for n in _ADDED.get(table, ()) if n not in dataset.schema.names]
+            if missing:
+                dataset.add_columns(missing)
             dataset.merge_insert(KEYS[table]).when_not_matched_insert_all().execute(data)
 
     def create(self, table: str, rows: pa.Table | list[dict[str, Any]] | Iterator[pa.RecordBatch]) -> None:

@@ -237,3 +237,16 @@ def test_what_a_reader_has_opened_stays_while_a_committer_compacts(tmp_path):
     assert opened.to_table(filter="sequence_id in (3, 4)").num_rows == 2
     tables.finish("simulations")
     assert len(tables.open("simulations").versions()) == 1
+
+
+def test_a_table_of_before_is_read_and_grows_the_new_columns(tmp_path):
+    import lance
+
+    tables = Tables(str(tmp_path))
+    old = to_arrow("llm_calls", [call(1, response="old")]).drop_columns(["stage"])
+    lance.write_dataset(old, tables.uri("llm_calls"))
+    assert tables.read("llm_calls", ["stage", "response"]).to_pylist() == [{"stage": None, "response": "old"}]
+    tables.append("llm_calls", [call(2, response="new", stage="score")])
+    rows = {row["request_hash"]: row["stage"] for row in tables.read("llm_calls").to_pylist()}
+    assert rows == {"1": None, "2": "score"}
+    assert tables.read("llm_calls").schema.names == SCHEMAS["llm_calls"].names

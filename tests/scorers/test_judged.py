@@ -77,9 +77,8 @@ def test_every_record_is_in_one_question_and_kinds_are_mixed():
 
 def test_wrong_marks_look_like_right_ones():
     shown = marked(RECORDS, FEATURE, seed=0)
-    for one, seen in zip(RECORDS, shown, strict=True):
-        places = np.flatnonzero(seen.strengths).tolist()
-        assert places == ([4] if fires(one) else [4])  # where `ship` stands in the others
+    for seen in shown:  # in silent ones too, where `ship` stands in the others
+        assert np.flatnonzero(seen.strengths).tolist() == [4]
     longer = np.array([False, False, True, True, False, True])
     assert wrong_marks((" a", " b", " c", " d"), [longer], np.random.default_rng(0)).tolist() == [0, 0, 1, 1]
     # A mask that shows nothing here is passed over; where all do, a token that can be seen is marked.

@@ -243,7 +243,7 @@ class LLMConfig(_Section):
     usd_per_million_completion_tokens: float | None = None
     """Price; without it the cost is null."""
     max_calls: int | None = None
-    """Calls that one run may make; arms of the features beyond it get the status no_budget."""
+    """Calls that explainers may make, and each further scorer again; features beyond it get the status no_budget."""
 
     @field_validator("base_url")
     @classmethod
@@ -464,9 +464,75 @@ SimulatorConfig = Annotated[
 ]
 
 
+class FurtherScorerConfig(_Section):
+    """A score that needs no simulated activations (Paulo et al. 2024, Automatically Interpreting Millions of Features
+    in Large Language Models); docs/scores.md says what each measures."""
+
+    num_features: int | None = Field(default=None, gt=0)
+    """Features per SAE; null for all."""
+    max_records: int | None = Field(default=None, gt=0)
+    """Test records per source; null for all."""
+
+
+class JudgeConfig(FurtherScorerConfig):
+    """An LLM is asked about test records, a few at a time."""
+
+    llm: str
+    """LLM that judges; its `max_calls` ends each scorer after the features that it suffices for."""
+    num_shown: int = Field(default=5, gt=0)
+    """Texts per question."""
+    max_parse_retries: int = Field(default=1, ge=0)
+    """Further attempts after an answer that does not parse, each told so."""
+    temperature: float = Field(default=0, ge=0)
+    """Sampling temperature."""
+    max_tokens: int = Field(default=100, gt=0)
+    """Length of an answer; more for a model that thinks aloud."""
+
+
+class DetectionConfig(JudgeConfig):
+    """Does the text fit the explanation? Balanced accuracy."""
+
+    method: Literal["detection"] = "detection"
+
+
+class FuzzingConfig(JudgeConfig):
+    """Does the explanation fit the tokens that are marked in the text? Balanced accuracy."""
+
+    method: Literal["fuzzing"] = "fuzzing"
+
+
+class IntruderConfig(JudgeConfig):
+    """Which text does not belong with the others? No explanation is shown. Accuracy."""
+
+    method: Literal["intruder"] = "intruder"
+    num_shown: int = Field(default=5, gt=2)
+    """Texts per question, the intruder among them."""
+
+
+class SurprisalConfig(FurtherScorerConfig):
+    """How much easier the explanation makes activating texts for a language model than silent ones. AUROC."""
+
+    method: Literal["surprisal"] = "surprisal"
+    simulator: str
+    """Simulator arm with the engine transformers, whose model reads the texts; a base model, best of all."""
+
+
+class EmbeddingConfig(FurtherScorerConfig):
+    """How much closer the explanation lies to activating texts than to silent ones, for the index's encoder. AUROC."""
+
+    method: Literal["embedding"] = "embedding"
+
+
+ScorerConfig = Annotated[
+    DetectionConfig | FuzzingConfig | IntruderConfig | SurprisalConfig | EmbeddingConfig, Field(discriminator="method")
+]
+
+
 class ScoreConfig(_Section):
     simulators: tuple[str, ...]
     """Simulator arms that grade every explanation on test."""
+    scorers: dict[str, ScorerConfig] = {}
+    """Further scorers by name, each of which grades every explanation on test."""
     num_bootstrap: int = Field(default=1000, gt=0)
     """Resamples behind every interval."""
     num_rule_negatives: int = Field(default=10, ge=0)
@@ -546,8 +612,8 @@ class ResourcesConfig(_Section):
 class BudgetConfig(_Section):
     """What a run may spend, over all of its resumptions; raise it and run again to go on.
 
-    Stages up to records stop with what is finished kept, explain begins no further feature, score and report are
-    never withheld."""
+    Stages up to records stop with what is finished kept, explain begins no further feature, nor does a further scorer
+    that asks an LLM; the rest of score, and report, are never withheld."""
 
     max_usd: float | None = Field(default=None, ge=0)
     """Dollars: LLM calls by their price, and GPU-hours where `usd_per_gpu_hour` is given."""
@@ -593,6 +659,16 @@ class RunConfig(_Section):
                 _must_exist(f"explainers.{name}.llm", explainer.llm, self.llms)
         for simulator in self.score.simulators:
             _must_exist("score.simulators", simulator, self.simulators)
+        for name, scorer in self.score.scorers.items():
+            if isinstance(scorer, JudgeConfig):
+                _must_exist(f"score.scorers.{name}.llm", scorer.llm, self.llms)
+            if isinstance(scorer, SurprisalConfig):
+                _must_exist(f"score.scorers.{name}.simulator", scorer.simulator, self.simulators)
+                if not isinstance(self.simulators[scorer.simulator], TransformersSimulatorConfig):
+                    raise ValueError(
+                        f"score.scorers.{name}.simulator is {scorer.simulator!r}, which gives no losses of texts; name "
+                        "a simulator whose engine is transformers"
+                    )
         return self
 
     @model_validator(mode="after")
@@ -617,7 +693,7 @@ class RunConfig(_Section):
 
     @model_validator(mode="after")
     def _dollars_can_be_counted(self) -> RunConfig:
-        used = {arm.llm for arm in self.explainers.values() if isinstance(arm, OneShotConfig)}
+        used = llms_used(self) | judges_used(self)
         for name in sorted(used & self.llms.keys()) if self.budget.max_usd is not None else []:
             llm = self.llms[name]
             prices = (llm.usd_per_million_prompt_tokens, llm.usd_per_million_completion_tokens)
@@ -638,6 +714,11 @@ def simulators_of(explainer: ExplainerConfig) -> list[str]:
 def llms_used(config: RunConfig) -> set[str]:
     """LLM arms that an explainer asks."""
     return {arm.llm for arm in config.explainers.values() if isinstance(arm, OneShotConfig)}
+
+
+def judges_used(config: RunConfig) -> set[str]:
+    """LLM arms that a further scorer asks."""
+    return {scorer.llm for scorer in config.score.scorers.values() if isinstance(scorer, JudgeConfig)}
 
 
 def calls_per_feature(config: RunConfig) -> int:
@@ -775,6 +856,16 @@ def arm_id(name: str, arm: BaseModel, *context: Any) -> str:
     """`name@hash`: the arm's name and a hash of its content and of what else its results depend on."""
     content = json.dumps([content_of(arm), *context], sort_keys=True)
     return f"{name}@{hashlib.sha256(content.encode()).hexdigest()[:8]}"
+
+
+def scorer_id(config: RunConfig, name: str) -> str:
+    """A further scorer's name in the tables; it covers the LLM or the simulator that it asks."""
+    scorer = config.score.scorers[name]
+    if isinstance(scorer, JudgeConfig):
+        return arm_id(name, scorer, content_of(config.llms[scorer.llm]))
+    if isinstance(scorer, SurprisalConfig):
+        return arm_id(name, scorer, content_of(config.simulators[scorer.simulator]))
+    return arm_id(name, scorer)
 
 
 def content_of(arm: BaseModel) -> dict[str, Any]:

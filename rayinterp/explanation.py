@@ -57,6 +57,12 @@ def render(explanation: Explanation) -> str:
     )
 
 
+def wording(explanation: Explanation) -> str:
+    """What it says the feature fires on, without strengths; rules of strength 0 say where it does not."""
+    rules = [rule for rule in explanation if rule.strength] or list(explanation)
+    return "; ".join(rule.activates_on for rule in rules)
+
+
 def rules_schema(rule_cap: int, max_characters: int | None = None) -> dict[str, Any]:
     """JSON schema of a structured answer. Endpoints want an object at the root, and every key required.
 

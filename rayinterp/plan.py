@@ -14,6 +14,9 @@ from typing import NamedTuple
 
 from rayinterp.config import (
     PLANTED,
+    FurtherScorerConfig,
+    IntruderConfig,
+    JudgeConfig,
     LateInteractionConfig,
     LexicalConfig,
     LLMConfig,
@@ -22,6 +25,7 @@ from rayinterp.config import (
     PoolResources,
     RunConfig,
     SimulatorConfig,
+    SurprisalConfig,
     TreeConfig,
     features_within_calls,
     looks_of,
@@ -70,6 +74,8 @@ CONSTANTS: dict[str, Constant] = {
     "prompt": Constant(180, "tokens", "the demo: the task in words; a worked example is as long again"),
     "prompt a token shown": Constant(2.3, "tokens", "the demo: text, marks and the list of what fires"),
     "revision": Constant(160, "tokens", "the demo: request, score and errors, besides the record's text"),
+    "words around a text": Constant(5, "tokens", "counted: its number and marks, in a further scorer's question"),
+    "surprisal prefix": Constant(90, "tokens", "counted: worked examples and a description, once a text graded"),
     "rule": Constant(20, "tokens", "the demo: one rule of an answer"),
     "new rules": Constant(0.5, "of a revision's rules", "assumed: the others are remembered"),
     "pair tokens a token": Constant(4, "tokens", "docs/simulators.md: token, tab, rating, newline"),
@@ -603,6 +609,67 @@ def grading(config: RunConfig, sizes: Sizes, name: str) -> Graded:
     return Graded(Work(pairs, features * records), features, num_sources * (len(arms) + 1), records)
 
 
+class Scored(NamedTuple):
+    """What the further scorers take in all."""
+
+    calls: dict[str, Calls]
+    """By LLM."""
+    num_tokens: float = 0
+    """Read by simulators' models, behind descriptions."""
+    flops: float = 0
+    num_rows: float = 0
+    """Of `scores`."""
+
+
+def records_asked_about(config: RunConfig, scorer: FurtherScorerConfig) -> int:
+    """Test records of one feature, each source's no more than `max_records`; for intruders, those that are silent."""
+    quota, most = config.records.test, scorer.max_records or math.inf
+    silent = [quota.complementary] * len(config.records.complementary)
+    silent.append(len(config.explainers) * config.score.num_rule_negatives)
+    kinds = silent if isinstance(scorer, IntruderConfig) else [quota.positive, *silent]
+    return int(sum(min(count, most) for count in kinds))
+
+
+def texts_graded(config: RunConfig) -> int:
+    """Texts that a further scorer grades on a feature: explanations, another feature's for each, and a null text."""
+    return len(config.explainers) * (2 if config.score.num_shuffled else 1) + 1
+
+
+def calls_of_a_judge(config: RunConfig, scorer: JudgeConfig) -> Calls:
+    """LLM calls for one feature when every answer parses."""
+    records, length = records_asked_about(config, scorer), config.corpus.sequence_length
+    if isinstance(scorer, IntruderConfig):
+        num_calls, shown, answer = records, scorer.num_shown, 3
+    else:
+        num_calls = -(-records // scorer.num_shown) * texts_graded(config)
+        shown, answer = min(records / max(-(-records // scorer.num_shown), 1), scorer.num_shown), 3 * scorer.num_shown
+    prompt = 2 * _value("prompt") + shown * (length + _value("words around a text"))
+    return Calls(num_calls, num_calls * prompt, num_calls * min(answer, scorer.max_tokens))
+
+
+def scoring(config: RunConfig, sizes: Sizes) -> Scored:
+    """What the further scorers ask of LLMs and simulators' models."""
+    calls = {name: Calls() for name in config.llms}
+    tokens = flops = num_rows = 0.0
+    for scorer in config.score.scorers.values():
+        features = sizes.saes.num_features
+        if scorer.num_features is not None:
+            features = _smallest(features, scorer.num_features * sizes.saes.num_saes)
+        num_texts = 1 if isinstance(scorer, IntruderConfig) else texts_graded(config)
+        num_rows += features * num_texts * (len(config.records.complementary) + bool(config.score.num_rule_negatives))
+        if isinstance(scorer, JudgeConfig):
+            one, most = calls_of_a_judge(config, scorer), config.llms[scorer.llm].max_calls
+            if most is not None:
+                features = _smallest(features, most // max(one.num_calls * (1 + scorer.max_parse_retries), 1))
+            calls[scorer.llm] = calls[scorer.llm].plus(one.times(features))
+        elif isinstance(scorer, SurprisalConfig):
+            records = records_asked_about(config, scorer)
+            read = features * (num_texts + 1) * (records * config.corpus.sequence_length + _value("surprisal prefix"))
+            model = sizes.model(f"simulators.{scorer.simulator}.model")
+            tokens, flops = tokens + read, flops + 2 * (model.num_params + model.head_params) * read
+    return Scored(calls, tokens, flops, num_rows)
+
+
 def plan_score(config: RunConfig, sizes: Sizes) -> StagePlan:
     graded = {name: grading(config, sizes, name) for name in dict.fromkeys(config.score.simulators)}
     simulated = simulate(config, sizes, {name: one.work for name, one in graded.items()})
@@ -614,19 +681,39 @@ def plan_score(config: RunConfig, sizes: Sizes) -> StagePlan:
     if config.score.num_rule_negatives:
         numbers = texts * config.corpus.num_sequences * config.corpus.splits[2] * vector_length(sizes)
         searching = numbers / (_value("nearest") * sizes.num_cores)
-    seconds = START_SECONDS["score"] + searching + simulated.seconds + resampling
+    scored = scoring(config, sizes)
+    judges = {name for name, calls in scored.calls.items() if calls.num_calls}
+    # One scorer after another.
+    judging = sum(llm_seconds(config, sizes, n, scored.calls[n], sizes.saes.num_features) for n in sorted(judges))
+    reading = scored.flops / speed("simulator", config, config.resources.simulator, sizes) if scored.num_tokens else 0
+    seconds = START_SECONDS["score"] + searching + simulated.seconds + resampling + judging + reading
     simulators, llms = _asked(config)
+    readers = {s.simulator for s in config.score.scorers.values() if isinstance(s, SurprisalConfig)}
+    all_calls = Calls()
+    for of_llm in scored.calls.values():
+        all_calls = all_calls.plus(of_llm)
+    llm_tokens = all_calls.prompt_tokens + all_calls.completion_tokens
+    own = {n: c.prompt_tokens + c.completion_tokens for n, c in scored.calls.items() if n in judges}
+    own = {name: tokens for name, tokens in own.items() if config.llms[name].provider == "local"}
+    own_flops = sum(2 * sizes.model(f"llms.{name}.model").num_params * tokens for name, tokens in own.items())
     length, token, row = config.corpus.sequence_length, _value("bytes a token"), _value("bytes a row")
     negatives = texts * config.score.num_rule_negatives if config.score.num_rule_negatives else 0
     predictions = sum(len(config.explainers) * g.work.num_sequences for g in graded.values())
     return StagePlan(
         "score",
-        num_tokens=simulated.num_tokens,
-        flops=simulated.flops,
+        num_tokens=simulated.num_tokens + scored.num_tokens + sum(own.values()),
+        flops=simulated.flops + scored.flops + own_flops,
         num_pairs=simulated.num_pairs,
+        llm_calls=all_calls.num_calls,
+        llm_tokens=llm_tokens,
         seconds=seconds,
-        gpu_hours=service_gpu_hours(config, simulators | set(graded), llms, seconds),
-        num_bytes=simulated.num_bytes + negatives * (length * token + row) + predictions * (4 * length + row / 4),
+        gpu_hours=service_gpu_hours(config, simulators | set(graded) | readers, llms | judges, seconds),
+        num_bytes=simulated.num_bytes
+        + negatives * (length * token + row)
+        + predictions * (4 * length + row / 4)
+        + llm_tokens * _value("bytes an LLM token")
+        + scored.num_rows * row,
+        usd=sum(usd_of(config.llms[name], scored.calls[name]) for name in judges),
     )
 
 
@@ -654,7 +741,8 @@ def assumptions(config: RunConfig, sizes: Sizes) -> list[str]:
     )
     if math.isnan(sizes.model("index.embedder").d_model):
         said.append(f"sentence embeddings of {_value('vector'):g} numbers")
-    if any(isinstance(arm, OneShotConfig) for arm in config.explainers.values()):
+    asks = any(isinstance(arm, OneShotConfig) for arm in config.explainers.values())
+    if asks or any(isinstance(scorer, JudgeConfig) for scorer in config.score.scorers.values()):
         said.append(
             f"LLM: {_value('prompt a token shown')} tokens for each token shown, {_value('rule'):g} for each rule "
             f"written; of an endpoint {_value('endpoint start')} s a call and {_value('endpoint writing'):g} tokens/s"
@@ -668,4 +756,5 @@ def assumptions(config: RunConfig, sizes: Sizes) -> list[str]:
 
 def _used(config: RunConfig) -> list[SimulatorConfig]:
     names = _asked(config)[0] | set(config.score.simulators)
+    names |= {scorer.simulator for scorer in config.score.scorers.values() if isinstance(scorer, SurprisalConfig)}
     return [config.simulators[name] for name in sorted(names)]

@@ -23,6 +23,7 @@ from rayinterp.config import (
     RunConfig,
     TransformersSimulatorConfig,
     VllmSimulatorConfig,
+    judges_used,
     llms_used,
 )
 from rayinterp.documents import list_files
@@ -45,7 +46,7 @@ class Prepared(NamedTuple):
 
 
 def prepare(config: RunConfig, stages: Sequence[str] = ("corpus", "explain")) -> Prepared:
-    """Checks the whole config against this machine and its packages; keys only for a run that explains.
+    """Checks the whole config against this machine and its packages; keys only for the stages that call.
 
     Raises:
         UserError: the first thing that would fail, with what to do about it.
@@ -53,7 +54,9 @@ def prepare(config: RunConfig, stages: Sequence[str] = ("corpus", "explain")) ->
     check_embedded(config)
     check_quotas(config)
     check_run_dir(config.run_dir)
-    for name in sorted(llms_used(config)) if "explain" in stages else []:
+    asked = llms_used(config) if "explain" in stages else set()
+    asked |= judges_used(config) if "score" in stages else set()
+    for name in sorted(asked):
         if config.llms[name].provider == "openai":
             api_key(config.llms[name])
     if config.subject.quantization != "none":
@@ -120,7 +123,7 @@ def model_names(config: RunConfig) -> list[tuple[str, str, str | None]]:
     for name, simulator in config.simulators.items():
         if isinstance(simulator, LLMSimulatorConfig):
             models.append((f"simulators.{name}.model", simulator.model, simulator.revision))
-    for name in sorted(llms_used(config)):
+    for name in sorted(llms_used(config) | judges_used(config)):
         if config.llms[name].provider == "local":
             models.append((f"llms.{name}.model", config.llms[name].model, None))
     return models
@@ -193,7 +196,7 @@ def check_local_llms(config: RunConfig) -> None:
     """Local LLMs can be spoken to, and held to a form of answer."""
     from transformers import AutoTokenizer
 
-    for name in sorted(llms_used(config)):
+    for name in sorted(llms_used(config) | judges_used(config)):
         llm = config.llms[name]
         if llm.provider != "local":
             continue

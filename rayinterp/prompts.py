@@ -254,6 +254,143 @@ def falsifier_text(tokens: tuple[str, ...], predicted: list[float]) -> str:
     )
 
 
+# Further scorers: an LLM judges texts by a description, or finds the one that does not belong.
+
+_FEATURE_TASK = """\
+One feature of a language model fires on some tokens of a text and stays silent on the rest."""
+
+_DESCRIPTION_TASK = """\
+You get a description of the tokens on which it fires and some numbered texts. The description may name several kinds \
+of tokens, divided by semicolons; each of them counts."""
+
+_DETECTION_TASK = """\
+Say for each text whether the feature fires anywhere in it, going by the description alone: 1 if it does, 0 if it \
+does not."""
+
+_FUZZING_TASK = """\
+In each text some tokens stand between << and >>. In some texts they are the ones on which the feature fires, in \
+others they were picked blindly. Say for each text, going by the description alone, whether the marked tokens are \
+right: 1 if they are tokens on which the feature fires, 0 if not."""
+
+_VERDICTS_ANSWER = """\
+Any number of texts may get a 1, all or none of them. Answer with a JSON list of {count}, one for each text in order, \
+and nothing else."""
+
+_VERDICTS_AGAIN = """\
+That is not a JSON list of {count}, one for each text in order. Answer with that list and nothing else."""
+
+_INTRUDER_TASK = """\
+You get some numbered texts. In all of them but one the feature fires on the tokens between << and >>, and these have \
+something in common. In one text, the intruder, the feature is silent, and the marked tokens were picked blindly. Find \
+the intruder. Answer with its number and nothing else."""
+
+_INTRUDER_AGAIN = """\
+That is not one number from 1 to {count}. Answer with the number of the text that does not belong, and nothing else."""
+
+_JUDGE_DESCRIPTION = "names of kinds of trees; parts of a tree, such as a branch"
+_JUDGE_RECORDS = (
+    _EXPLAINER_RECORDS[0],
+    MarkedRecord((" Our", " branch", " in", " town", " was", " closed", " on", " Monday"), (0, 5, 0, 0, 0, 0, 0, 0)),
+    MarkedRecord((" They", " planted", " an", " elm", " by", " the", " gate"), (0, 0, 0, 5, 0, 0, 0)),
+)
+_INTRUDER_RECORDS = (
+    *_EXPLAINER_RECORDS,
+    MarkedRecord((" Our", " train", " was", " late", " on", " Monday"), (0, 0, 0, 5, 0, 0)),
+    _JUDGE_RECORDS[2],
+)
+
+
+def detection_messages(description: str, records: list[MarkedRecord]) -> list[Message]:
+    """Asks which texts fit a description; nothing is marked in them."""
+    bare = [record._replace(strengths=(0,) * len(record.tokens)) for record in records]
+    example = [record._replace(strengths=(0,) * len(record.tokens)) for record in _JUDGE_RECORDS]
+    return _judge_messages(_DETECTION_TASK, description, bare, example)
+
+
+def fuzzing_messages(description: str, records: list[MarkedRecord]) -> list[Message]:
+    """Asks in which texts the marked tokens fit a description."""
+    return _judge_messages(_FUZZING_TASK, description, records, list(_JUDGE_RECORDS))
+
+
+def _judge_messages(
+    task: str, description: str, records: list[MarkedRecord], example: list[MarkedRecord]
+) -> list[Message]:
+    asked = _VERDICTS_ANSWER.format(count=_verdicts(len(records)))
+    first = f"{_FEATURE_TASK} {_DESCRIPTION_TASK} {task}\n{_VERDICTS_ANSWER.format(count=_verdicts(len(example)))}"
+    return [
+        {"role": "user", "content": f"{first}\n\nDescription: {_JUDGE_DESCRIPTION}\n{_numbered(example)}"},
+        {"role": "assistant", "content": "[1, 0, 1]"},
+        {
+            "role": "user",
+            "content": f"Another feature. {asked}\n\nDescription: {_on_one_line(description)}\n{_numbered(records)}",
+        },
+    ]
+
+
+def intruder_messages(records: list[MarkedRecord]) -> list[Message]:
+    """Asks which of some marked texts does not belong with the others."""
+    return [
+        {"role": "user", "content": f"{_FEATURE_TASK} {_INTRUDER_TASK}\n\n{_numbered(list(_INTRUDER_RECORDS))}"},
+        {"role": "assistant", "content": "3"},
+        {
+            "role": "user",
+            "content": f"Another feature, with the same form of answer.\n\n{_numbered(records)}",
+        },
+    ]
+
+
+def asked_again(messages: list[Message], answer: str, request: str) -> list[Message]:
+    """The conversation after an answer that could not be read."""
+    # Endpoints refuse an empty turn, and an essay need not be read again.
+    return [
+        *messages,
+        {"role": "assistant", "content": answer.strip()[:500] or "..."},
+        {"role": "user", "content": request},
+    ]
+
+
+def verdicts_again(count: int) -> str:
+    return _VERDICTS_AGAIN.format(count=_verdicts(count))
+
+
+def intruder_again(count: int) -> str:
+    return _INTRUDER_AGAIN.format(count=count)
+
+
+def _verdicts(count: int) -> str:
+    return f"{count} number{'' if count == 1 else 's'}, each 0 or 1"
+
+
+def _numbered(records: list[MarkedRecord]) -> str:
+    return "\n".join(f"Text {number}: {_marked_text(record)}" for number, record in enumerate(records, 1))
+
+
+def _on_one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+# Surprisal: a language model, which need not be trained to answer, reads a text behind a description of it.
+
+NO_DESCRIPTION = "texts of all kinds that have nothing in common"
+"""Stands where the description would, so that losses with and without one are compared at the same places."""
+
+_SURPRISAL_HEAD = """\
+Excerpts are sorted by what they have in common. Each group begins with a description of it.
+
+Description: names of kinds of trees; parts of a tree, such as a branch
+Excerpt: The old oak lost a branch in the storm
+
+Description: numbers written as digits
+Excerpt: Order 471 was shipped on May 9
+
+Description: """
+
+
+def surprisal_prefix(description: str) -> str:
+    """What stands before a text whose loss is taken; the text itself begins with a space, as a rule."""
+    return f"{_SURPRISAL_HEAD}{_on_one_line(description)}\nExcerpt:"
+
+
 def _render_records(records: list[MarkedRecord], negatives: list[MarkedRecord], holistic: bool) -> str:
     lines = []
     for number, record in enumerate(records, 1):

@@ -33,6 +33,7 @@ from rayinterp.report_data import (
     Score,
     ScoreBook,
     ScoreKey,
+    ScorerSummary,
     agreements,
     arm_labels,
     arm_summaries,
@@ -43,6 +44,7 @@ from rayinterp.report_data import (
     order_of,
     reason,
     score_book,
+    scorer_summaries,
     winning_node,
 )
 from rayinterp.score import Interval
@@ -82,6 +84,7 @@ class Summary(NamedTuple):
     order: Order
     feature_statuses: tuple[tuple[str, int], ...]
     arms: list[ArmSummary]
+    scorers: list[ScorerSummary]
     comparisons: list[Comparison]
     agreements: list[Agreement]
     cascades: list[CascadeSummary]
@@ -146,7 +149,7 @@ def write_report(tables: Tables, config: RunConfig) -> str:
     max_records = _share(MAX_STRIP_TOKENS, num_live * config.corpus.sequence_length * _num_strips(config), 2, 50)
     max_text = _share(MAX_TREE_CHARACTERS, num_live, 400, 6000)
     data = read_run(tables, max_records=max_records)
-    data["llm_calls"] = tables.read("llm_calls", ["model", "prompt_tokens", "completion_tokens", "cost_usd"])
+    data["llm_calls"] = tables.read("llm_calls", ["model", "prompt_tokens", "completion_tokens", "cost_usd", "stage"])
     data["simulations"] = tables.read("simulations", ["simulator"])
 
     manifest = read_manifest(tables.root)
@@ -184,6 +187,7 @@ def summarise(tables: Mapping[str, pa.Table], book: ScoreBook, config: RunConfig
         order,
         _counts(tables["features"]["status"]),
         arm_summaries(book, statuses, order, config),
+        scorer_summaries(book, order, config),
         comparisons(book, order, config),
         agreements(book, order),
         cascade_summaries(tables["candidates"], order, config),
@@ -333,7 +337,7 @@ def _environment(order: Order) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    labels = arm_labels(order.explainers) | arm_labels(order.simulators)
+    labels = arm_labels(order.explainers) | arm_labels(order.simulators) | arm_labels(order.scorers)
     environment.filters |= {
         "arm": lambda arm: labels.get(arm, arm.replace("_", " ")),
         "dollars": dollars,

@@ -21,6 +21,7 @@ from scipy.stats import spearmanr
 
 from rayinterp.config import RunConfig
 from rayinterp.score import Interval, mean_interval
+from rayinterp.scorers.values import METHODS, chance_level
 from rayinterp.usage import Spent
 
 SCORER = "correlation"
@@ -37,7 +38,7 @@ FEW_FEATURES = 10
 SCORE_COLUMNS = (
     *("feature_key", "explainer", "control", "simulator", "scorer", "source", "split"),
     *("value", "ci_low", "ci_high", "num_records", "false_positives_per_sequence"),
-    *("false_negatives_per_sequence", "status"),
+    *("false_negatives_per_sequence", "status", "num_unparsed"),
 )
 
 REASONS = {
@@ -79,6 +80,8 @@ class Score(NamedTuple):
     false_negatives: float | None
     num_records: int | None
     status: str
+    num_unparsed: int | None = None
+    """Records that no answer of an LLM could be read on; None where none is read."""
 
 
 class ScoreKey(NamedTuple):
@@ -105,6 +108,8 @@ class Order(NamedTuple):
     explainers: tuple[str, ...]
     simulators: tuple[str, ...]
     sources: tuple[str, ...]
+    scorers: tuple[str, ...] = ()
+    """Further scorers, which stand in the column of the simulators and are none."""
 
 
 class ControlSummary(NamedTuple):
@@ -128,6 +133,22 @@ class ArmSummary(NamedTuple):
     false_negatives: Interval
     controls: tuple[ControlSummary, ...]
     other_scorers: tuple[tuple[str, Interval], ...]
+
+
+class ScorerSummary(NamedTuple):
+    """One further scorer of one explainer on positives and one complementary source."""
+
+    key: ScoreKey
+    """Its `simulator` is the scorer's arm; without an explainer, no explanation is graded."""
+    chance: float | None
+    """None where the config no longer names the scorer."""
+    mean: Interval
+    is_wide: bool
+    unscored: tuple[tuple[str, int], ...]
+    unparsed: float | None
+    """Share of the records on which no answer could be read; None where none is."""
+    shuffled: Interval
+    null: Interval
 
 
 class Comparison(NamedTuple):
@@ -203,13 +224,15 @@ def cost_rows(
     for stage in COST_STAGES:
         spent, actual = usage.get(stage), Cost()
         if spent is not None:
-            asks = stage == "explain"
+            in_score = pc.equal(pc.fill_null(calls["stage"], "explain"), "score")  # pyright: ignore[reportAttributeAccessIssue]
+            asked = {"explain": pc.invert(in_score), "score": in_score}.get(stage)  # pyright: ignore[reportAttributeAccessIssue]
+            made = calls.slice(0, 0) if asked is None else calls.filter(asked)
             priced = config.budget.usd_per_gpu_hour
             usd = spent.gpu_hours * priced if priced else 0.0
-            usd += (pc.sum(calls["cost_usd"]).as_py() or 0.0) if asks else 0.0  # pyright: ignore[reportAttributeAccessIssue]
-            unpriced = asks and calls.num_rows > 0 and calls["cost_usd"].null_count == calls.num_rows
+            usd += pc.sum(made["cost_usd"]).as_py() or 0.0  # pyright: ignore[reportAttributeAccessIssue]
+            unpriced = made.num_rows > 0 and made["cost_usd"].null_count == made.num_rows
             unpriced = unpriced and any(llm.provider == "openai" for llm in config.llms.values())
-            actual = Cost(spent.seconds, spent.gpu_hours, None if unpriced else usd, calls.num_rows if asks else 0)
+            actual = Cost(spent.seconds, spent.gpu_hours, None if unpriced else usd, made.num_rows)
         rows.append(CostRow(stage, Cost(**estimate.get(stage, {})), actual))
     run = [row for row in rows if row.stage in usage]
     return [*rows, CostRow("total", *(_sum([row[side] for row in run]) for side in (1, 2)))] if run else rows
@@ -235,6 +258,7 @@ def score_book(scores: pa.Table) -> ScoreBook:
                 number(row["false_negatives_per_sequence"]),
                 row["num_records"],
                 row["status"],
+                row["num_unparsed"],
             )
     return book
 
@@ -250,8 +274,9 @@ def order_of(config: RunConfig, book: Iterable[ScoreKey], explainers: Iterable[s
     graders = dict.fromkeys([*config.score.simulators, *config.simulators])
     return Order(
         _by_config({key.explainer for key in keys if key.explainer} | set(explainers), config.explainers),
-        _by_config({key.simulator for key in keys}, graders),
+        _by_config({key.simulator for key in keys if key.scorer not in METHODS}, graders),
         _by_config({key.source for key in keys}, [*config.records.complementary, "rule_negative"]),
+        _by_config({key.simulator for key in keys if key.scorer in METHODS}, config.score.scorers),
     )
 
 
@@ -272,6 +297,35 @@ def arm_summaries(
         for key in keys
         if key in book or key.explainer in explanations
     ]
+
+
+def scorer_summaries(book: ScoreBook, order: Order, config: RunConfig) -> list[ScorerSummary]:
+    """One row per further scorer, source and explainer."""
+    keys = {key for key in book if key.scorer in METHODS and not key.control}
+    rows = []
+    for arm in order.scorers:
+        scorer = config.score.scorers.get(arm.partition("@")[0])
+        for source in order.sources:
+            of_arm = {key.explainer: key for key in keys if (key.simulator, key.source) == (arm, source)}
+            for key in (of_arm[explainer] for explainer in ("", *order.explainers) if explainer in of_arm):
+                graded = book[key]
+                mean = _mean([score.value for score in graded.values()], config)
+                unscored = Counter(score.status for score in graded.values() if score.value is None)
+                asked = [(s.num_unparsed, s.num_records or 0) for s in graded.values() if s.num_unparsed is not None]
+                total = sum(unparsed + num_records for unparsed, num_records in asked)
+                rows.append(
+                    ScorerSummary(
+                        key,
+                        chance_level(scorer) if scorer and scorer.method == key.scorer else None,
+                        mean,
+                        is_wide(mean),
+                        tuple(unscored.most_common()),
+                        sum(unparsed for unparsed, _ in asked) / total if total else None,
+                        _control(book, key, "shuffled", config).mean,
+                        _control(book, key, "null", config).mean,
+                    )
+                )
+    return rows
 
 
 def comparisons(book: ScoreBook, order: Order, config: RunConfig) -> list[Comparison]:

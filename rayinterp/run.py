@@ -26,9 +26,11 @@ from ray.serve.exceptions import RayServeException
 
 from rayinterp.config import (
     UPSTREAM,
+    JudgeConfig,
     LLMSimulatorConfig,
     RunConfig,
     StageResources,
+    SurprisalConfig,
     differing_fields,
     llms_used,
     service_name,
@@ -51,6 +53,7 @@ from rayinterp.progress import Progress, silent
 from rayinterp.records import run_records
 from rayinterp.report import write_report
 from rayinterp.rule_negatives import add_rule_negatives
+from rayinterp.scorers.runner import plan_scorers, run_scorers
 from rayinterp.simulate.serve import deploy_simulator
 from rayinterp.sizes import measure
 from rayinterp.tables import Committer, Tables
@@ -275,13 +278,28 @@ def explain(run: Run, progress: Progress, meter: Meter) -> dict[str, int]:
 
 
 def score(run: Run, progress: Progress, meter: Meter) -> dict[str, int]:
-    explainers = [arm_ids(run.config, name)[0] for name in run.config.explainers]
-    with meter.holds(run.config.resources.index):
-        add_rule_negatives(run.config, run.tables, plan_score(run.config, run.tables, explainers).explanations())
-    plan = plan_score(run.config, run.tables, explainers)  # with the records that were added
-    committer = start_committer(run.tables) if plan.blocks else None
-    deploy(run, {simulator for simulator, _ in plan.blocks}, set())
-    return run_score(run.config, run.tables, plan, committer, progress)
+    config, tables = run.config, run.tables
+    explainers = [arm_ids(config, name)[0] for name in config.explainers]
+    to_grade = plan_score(config, tables, explainers).explanations()
+    for plan in plan_scorers(config, tables, explainers):
+        to_grade = {work.feature: work.explanations for work in plan.work if work.explanations} | to_grade
+    with meter.holds(config.resources.index):
+        add_rule_negatives(config, tables, to_grade)
+    plan = plan_score(config, tables, explainers)  # with the records that were added
+    scorers = plan_scorers(config, tables, explainers)
+    arms = [config.score.scorers[one.name] for one in scorers if one.work]
+    committer = start_committer(tables) if plan.blocks or arms else None
+    simulators = {arm.simulator for arm in arms if isinstance(arm, SurprisalConfig)}
+    deploy(
+        run,
+        {simulator for simulator, _ in plan.blocks} | simulators,
+        {arm.llm for arm in arms if isinstance(arm, JudgeConfig)},
+    )
+    counts = run_score(config, tables, plan, committer, progress)
+    usd = dollars_spent(tables)
+    return counts | run_scorers(
+        config, tables, scorers, committer, progress, lambda more: meter.over_budget(usd + more)
+    )
 
 
 def report(run: Run, progress: Progress, meter: Meter) -> dict[str, int]:

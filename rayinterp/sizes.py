@@ -22,8 +22,9 @@ from rayinterp.config import (
     FeatureRange,
     LateInteractionConfig,
     LLMSimulatorConfig,
-    OneShotConfig,
     RunConfig,
+    judges_used,
+    llms_used,
 )
 from rayinterp.errors import UserError
 from rayinterp.harvest import sae_sources
@@ -85,7 +86,7 @@ def models_of(config: RunConfig) -> dict[str, tuple[str, str | None]]:
             found[f"simulators.{name}.model"] = (simulator.model, simulator.revision)
         elif isinstance(simulator, LateInteractionConfig):
             found[f"simulators.{name}.embedder"] = (simulator.embedder, None)
-    for name in sorted({arm.llm for arm in config.explainers.values() if isinstance(arm, OneShotConfig)}):
+    for name in sorted(llms_used(config) | judges_used(config)):
         if config.llms[name].provider == "local":
             found[f"llms.{name}.model"] = (config.llms[name].model, None)
     return found

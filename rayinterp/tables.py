@@ -238,6 +238,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             _field("completion_tokens", pa.int64(), "Tokens written."),
             _field("cost_usd", pa.float64(), "Price by the config's table; null without one."),
             _field("seconds", pa.float64(), "Wall time of the call."),
+            _field("stage", pa.string(), "explain or score; null, in tables of before, is explain."),
         ]
     ),
     "test_records": pa.schema(
@@ -258,8 +259,13 @@ SCHEMAS: dict[str, pa.Schema] = {
             *_FEATURE,
             _field("explainer", pa.string(), "Explainer arm, name@hash."),
             _field("control", pa.string(), "Empty for the explanation itself; else null, shuffled or token_lookup."),
-            _field("simulator", pa.string(), "Simulator arm, name@hash."),
-            _field("scorer", pa.string(), "correlation, r2, r2_uncentered, abs_dev_explained, auroc."),
+            _field("simulator", pa.string(), "Simulator arm, name@hash; of a further scorer its own arm."),
+            _field(
+                "scorer",
+                pa.string(),
+                "correlation, r2, r2_uncentered, abs_dev_explained, auroc; detection, fuzzing, intruder, surprisal, "
+                "embedding.",
+            ),
             _field("source", pa.string(), "Complementary source of the records."),
             _field("split", pa.string(), "Split of the records."),
             _field("value", pa.float64(), "The score; null where undefined."),
@@ -270,6 +276,11 @@ SCHEMAS: dict[str, pa.Schema] = {
             _field("false_negatives_per_sequence", pa.float64(), "Tokens above 1 predicted at most 1, per positive."),
             _field("status", pa.string(), "ok, wide (few records), or why there is no value."),
             _field("settings", pa.string(), "What else it depends on; where that has changed it is made again."),
+            _field(
+                "num_unparsed",
+                pa.int32(),
+                "Records left out since no answer about them parsed, retries included; null where nothing is parsed.",
+            ),
         ]
     ),
     "experiments": pa.schema(

@@ -27,7 +27,7 @@ MANIFEST = "manifest.json"
 SAVE_SECONDS = 30.0
 """What a kill may lose of the account."""
 WITHHELD = ("corpus", "harvest", "index", "records")
-"""Stages that stop when the budget is spent; explain asks for itself, score and report are never withheld."""
+"""Stages that stop when the budget is spent; explain asks for itself, and so do scorers that ask an LLM."""
 
 _writing = threading.Lock()
 

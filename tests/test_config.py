@@ -3,9 +3,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rayinterp.config import arm_id, differing_fields, load_config, parse_config, service_name, to_yaml
+from rayinterp.config import arm_id, differing_fields, load_config, parse_config, scorer_id, service_name, to_yaml
 from rayinterp.errors import UserError
-from tests.conftest import CONFIGS
+from tests.conftest import CONFIGS, planted_config
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
@@ -120,3 +120,32 @@ def test_an_arm_is_named_by_its_content():
     same = load_config(CONFIGS / "planted.yaml").explainers["tree"]
     other = load_config(CONFIGS / "planted.yaml", ["explainers.tree.depth=1"]).explainers["tree"]
     assert arm_id("tree", arm) == arm_id("tree", same) != arm_id("tree", other)
+
+
+@pytest.mark.parametrize(
+    ("scorer", "message"),
+    [
+        ("{method: detection, llm: nobody}", "score.scorers.s.llm is 'nobody', which is not defined"),
+        ("{method: surprisal, simulator: nobody}", "score.scorers.s.simulator is 'nobody'"),
+        ("{method: surprisal, simulator: oracle}", "engine is transformers"),
+        ("{method: detection, llm: knows, num_show: 3}", "did you mean 'num_shown'"),
+        ("{method: guessing}", "method"),
+    ],
+)
+def test_a_further_scorer_that_cannot_be_is_one_clear_error(tmp_path, scorer, message):
+    with pytest.raises(UserError, match=message):
+        planted_config(tmp_path, f"score.scorers.s={scorer}")
+
+
+def test_a_further_scorer_is_named_by_what_it_asks_too(tmp_path):
+    def name(*overrides):
+        return scorer_id(planted_config(tmp_path, "score.scorers.s={method: detection, llm: knows}", *overrides), "s")
+
+    assert name() == name("llms.knows.max_calls=7") and name().startswith("s@")
+    assert len({name(), name("llms.knows.model=other"), name("score.scorers.s.num_shown=3")}) == 3
+
+
+def test_dollars_must_be_countable_for_judges_too(tmp_path):
+    llm = "llms.judge={provider: openai, model: m}"
+    with pytest.raises(UserError, match=r"llms\.judge costs is not known"):
+        planted_config(tmp_path, llm, "score.scorers.s={method: intruder, llm: judge}", "budget.max_usd=1")

@@ -331,3 +331,31 @@ def test_every_shipped_config_can_be_planned_offline(path, monkeypatch):
         *("corpus", "harvest", "index", "records", "explain", "score")
     ]
     assert all(assumptions(config, sizes))
+
+
+def test_further_scorers_are_counted_by_their_questions():
+    scorers = {
+        "detection": {"method": "detection", "llm": "writer", "max_records": 20},
+        "intruder": {"method": "intruder", "llm": "writer", "num_features": 10},
+        "surprisal": {"method": "surprisal", "simulator": "judge"},
+        "embedding": {"method": "embedding"},
+    }
+    plain, score = stages()["score"], stages(score={"scorers": scorers})["score"]
+    # Two explainers, another feature's explanation for each and a null text; 20 records of each of 4 sources, 5 shown.
+    detection = 100 * 5 * 80 / 5
+    # Ten features of each SAE; every silent record: 30 of 2 sources and 10 that each of 2 explainers calls for.
+    assert score.llm_calls == detection + 20 * (60 + 20)
+    assert score.usd > 0 and plain.llm_calls == 0 and plain.usd == 0
+    # 110 records behind five texts and behind none, each of the six texts once.
+    tokens = 100 * 6 * (110 * 32 + CONSTANTS["surprisal prefix"].value)
+    assert score.num_tokens - plain.num_tokens == pytest.approx(tokens)
+    assert score.seconds > plain.seconds and score.gpu_hours > plain.gpu_hours
+    none = stages(score={"scorers": scorers, "num_shuffled": 0, "num_rule_negatives": 0})["score"]
+    assert none.llm_calls == 100 * 3 * 60 / 5 + 20 * 60
+
+
+def test_max_calls_ends_a_further_scorer_at_whole_features():
+    writer = {"provider": "openai", "model": "w", **PRICES, "max_calls": 100}
+    one = {"method": "intruder", "llm": "writer", "max_records": 5}
+    score = stages(llms={"writer": writer, "own": {"provider": "local", "model": "o"}}, score={"scorers": {"i": one}})
+    assert score["score"].llm_calls == 15 * (100 // 30)

@@ -173,3 +173,14 @@ def test_reading_a_finished_run_needs_no_key(tmp_path, monkeypatch):
 def test_an_empty_corpus(tmp_path):
     (tmp_path / "texts").mkdir()
     refused(demo(tmp_path, f"corpus.dataset={tmp_path / 'texts'}"), "corpus.dataset", ".jsonl.zst")
+
+
+def test_a_judge_needs_its_key_and_its_model_as_an_explainers_llm_does(tmp_path, monkeypatch):
+    monkeypatch.delenv("RAYINTERP_TEST_KEY", raising=False)
+    judge = "llms.judge={provider: openai, model: m, api_key_env: RAYINTERP_TEST_KEY}"
+    config = planted_config(tmp_path, judge, "score.scorers.s={method: detection, llm: judge}")
+    prepare(config, ("corpus", "explain"))
+    with pytest.raises(UserError, match="RAYINTERP_TEST_KEY"):
+        prepare(config, ("score",))
+    own = "llms.own={provider: local, model: ./no-such-model}"
+    refused(demo(tmp_path, own, "score.scorers.s={method: intruder, llm: own}"), "llms.own.model", "no-such-model")

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from rayinterp.config import RunConfig, arm_id, parse_config
+from rayinterp.config import RunConfig, arm_id, parse_config, scorer_id
 from rayinterp.errors import UserError
 from rayinterp.report import Summary, fixed, index_rows, pair_table, panels, summarise, write_report
 from rayinterp.report_cards import Card, Cards, natural_key, read_run, shade, spans, tree_order, visible
@@ -30,6 +30,7 @@ from rayinterp.report_data import (
     is_wide,
     order_of,
     score_book,
+    scorer_summaries,
     winning_node,
 )
 from rayinterp.score import Interval
@@ -485,7 +486,8 @@ def test_what_a_cheap_first_look_spared_and_how_far_it_agrees():
 
 
 def llm_calls(*costs: float | None) -> pa.Table:
-    return pa.table({"cost_usd": pa.array(costs, pa.float64())})
+    """Without a stage, as tables of before have them: those of explain."""
+    return pa.table({"cost_usd": pa.array(costs, pa.float64()), "stage": pa.nulls(len(costs), pa.string())})
 
 
 def test_estimate_and_actual_stand_side_by_side(tmp_path: Path) -> None:
@@ -507,6 +509,62 @@ def test_estimate_and_actual_stand_side_by_side(tmp_path: Path) -> None:
     assert rows["total"].actual == Cost(140, 2, 4.75, 3)
     assert {row.stage: row for row in cost_rows(estimate, usage, llm_calls(None), config)}["explain"].actual.usd is None
     assert "total" not in {row.stage for row in cost_rows({}, {}, llm_calls(), config)}
+
+
+def test_calls_of_further_scorers_are_billed_to_their_stage(tmp_path: Path) -> None:
+    calls = llm_calls(0.25, 0.5, 2.0).set_column(1, "stage", pa.array([None, "explain", "score"]))
+    usage = {"explain": Spent(50.0, 0.0), "score": Spent(5.0, 0.0)}
+    rows = {row.stage: row.actual for row in cost_rows({}, usage, calls, small_config(str(tmp_path)))}
+    assert rows["explain"] == Cost(50, 0, 0.75, 2) and rows["score"] == Cost(5, 0, 2.0, 1)
+
+
+SCORERS = {"judge": {"method": "detection", "llm": "writer"}, "odd": {"method": "intruder", "llm": "writer"}}
+
+
+def write_further_scores(tables: Tables, config: RunConfig) -> None:
+    judge, odd = scorer_id(config, "judge"), scorer_id(config, "odd")
+    row = {"split": "test", "source": SOURCE, "num_records": 9, "num_unparsed": 1, "status": "ok"}
+    of_judge = {**row, "simulator": judge, "scorer": "detection"}
+    tree = {**of_judge, "explainer": arm(config, "tree"), "control": ""}
+    tables.append(
+        "scores",
+        [{**identity(f"layer_9/{n}"), **tree, "value": value} for n, value in ((1, 0.9), (2, 0.7))]
+        + [{**identity("layer_9/3"), **tree, "value": None, "status": "parse_error", "num_records": 0}]
+        + [
+            {**identity(f"layer_9/{n}"), **of_judge, "explainer": who, "control": control, "value": value}
+            for who, control, value in ((arm(config, "tree"), "shuffled", 0.6), ("", "null", 0.5))
+            for n in (1, 2)
+        ]
+        + [
+            {**identity("layer_9/1"), **row, "simulator": odd, "scorer": "intruder", "explainer": "", "control": ""}
+            | {"value": 0.4, "num_unparsed": 0}
+        ],
+    )
+
+
+def test_further_scorers_have_a_table_and_stay_out_of_the_simulators(tmp_path: Path) -> None:
+    config = small_config(str(tmp_path))
+    config = parse_config(
+        {**config.model_dump(), "score": {**config.score.model_dump(), "num_shuffled": 1, "scorers": SCORERS}}
+    )
+    tables = Tables(str(tmp_path))
+    write_run(tables, config)
+    without = order_of(config, score_book(read_run(tables)["scores"]), [])
+    write_further_scores(tables, config)
+    book = score_book(read_run(tables)["scores"])
+    order = order_of(config, book, [])
+    assert order == without._replace(scorers=(scorer_id(config, "judge"), scorer_id(config, "odd")))
+    judged, odd = scorer_summaries(book, order, config)
+    assert judged.mean.value == pytest.approx(0.8) and judged.mean.n == 2 and judged.chance == 0.5
+    assert judged.unscored == (("parse_error", 1),) and judged.unparsed == pytest.approx(3 / 21)
+    assert judged.shuffled.value == pytest.approx(0.6) and judged.null.value == pytest.approx(0.5)
+    assert (odd.key.explainer, odd.mean.value, odd.chance, odd.unparsed) == ("", 0.4, 0.2, 0.0)
+    html = Path(write_report(tables, config)).read_text()
+    section = html[html.index("<h2>Further scorers</h2>") :]
+    section = section[: section.index("</section>") if "</section>" in section else None]
+    assert html.count('class="scorer-row"') == 2 and "14.3 %" in section and "the feature itself" in section
+    before = html[: html.index("<h2>Further scorers</h2>")]
+    assert "judge" not in before[before.index("<section>") :]
 
 
 def test_the_report_shows_what_was_spent(tmp_path: Path) -> None:

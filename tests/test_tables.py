@@ -255,3 +255,16 @@ def test_a_table_of_an_earlier_version_gains_the_columns_that_it_lacks(tmp_path,
     tables.delete("scores", "scorer = 'r2'")
     tables.finish("scores")
     assert tables.read("scores", [name])[name].to_pylist() == [1.5]
+
+
+def test_a_table_of_before_is_read_and_grows_the_new_columns(tmp_path):
+    import lance
+
+    tables = Tables(str(tmp_path))
+    old = to_arrow("llm_calls", [call(1, response="old")]).drop_columns(["stage"])
+    lance.write_dataset(old, tables.uri("llm_calls"))
+    assert tables.read("llm_calls", ["stage", "response"]).to_pylist() == [{"stage": None, "response": "old"}]
+    tables.append("llm_calls", [call(2, response="new", stage="score")])
+    rows = {row["request_hash"]: row["stage"] for row in tables.read("llm_calls").to_pylist()}
+    assert rows == {"1": None, "2": "score"}
+    assert tables.read("llm_calls").schema.names == SCHEMAS["llm_calls"].names

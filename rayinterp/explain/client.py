@@ -255,16 +255,20 @@ class Ledger:
         config: LLMConfig,
         remembered: list[dict[str, Any]],
         write: Callable[[dict[str, Any]], Awaitable[None]],
+        stage: str = "explain",
     ) -> None:
         """
         Args:
             remembered: Rows of `llm_calls` that may be asked for again.
             write: Takes a new row.
+            stage: Where the calls belong in the bill.
         """
-        self._generate, self._config, self._write = generate, config, write
+        self._generate, self._config, self._write, self._stage = generate, config, write, stage
         self._rows = {row["request_hash"]: row for row in remembered}
         self.num_new = 0
         """Calls that were made and answered."""
+        self.usd_new = 0.0
+        """What they cost, where that is known."""
 
     async def __call__(self, request: LLMRequest, feature_key: str) -> tuple[LLMReply, float | None]:
         """The answer, and what it costs or once cost in dollars (None without a price)."""
@@ -273,6 +277,7 @@ class Ledger:
             start = time.monotonic()
             reply = await self._generate(request, feature_key)
             self.num_new += 1
+            self.usd_new += price(self._config, reply) or 0.0
             row = {
                 "request_hash": request.hash,
                 "feature_key": feature_key,
@@ -284,6 +289,7 @@ class Ledger:
                 "completion_tokens": reply.completion_tokens,
                 "cost_usd": price(self._config, reply),
                 "seconds": time.monotonic() - start,
+                "stage": self._stage,
             }
             self._rows[request.hash] = row
             await self._write(row)

@@ -83,6 +83,10 @@ class SimulatorClient:
 
         return simulate
 
+    async def token_losses(self, requests: list[RuleRequest]) -> list[list[np.ndarray]]:
+        """Negative log-likelihoods of texts behind descriptions, as `TransformersSimulator.token_losses`."""
+        return await self._ask(requests, "token_losses")
+
     async def _write(self, memo_name: str, new: dict[MemoKey, Float16[np.ndarray, "seq 6"]]) -> None:
         """Hands new simulations over before anyone sees a score made from them."""
         rows = [
@@ -90,7 +94,7 @@ class SimulatorClient:
         ]
         await self._committer.add.remote({"simulations": rows})
 
-    async def _ask(self, requests: list[RuleRequest]) -> list[list[np.ndarray]]:
+    async def _ask(self, requests: list[RuleRequest], method: str = "answer") -> list[list[np.ndarray]]:
         """A replica's answer; from another one where the first is lost on the way.
 
         Raises:
@@ -99,7 +103,7 @@ class SimulatorClient:
         """
         pause = FIRST_PAUSE
         for attempt in range(1, MAX_ATTEMPTS + 1):
-            response = self._handle.answer.remote(requests)
+            response = getattr(self._handle, method).remote(requests)
             try:
                 return await asyncio.wait_for(_result(response), self._timeout)
             except EngineError:

@@ -84,6 +84,14 @@ class PromptTokens:
             ids += [*self._unknown, *self._newline]
         return Record(ids[: reads[-1] + 1], reads)
 
+    def prefix(self, text: str) -> list[int]:
+        """Ids of running text that others are read behind, as a base model meets it: without a chat template."""
+        return [*self._first(), *self._encode_text(text)]
+
+    def text(self, tokens: tuple[str, ...]) -> list[int]:
+        """Ids of a sequence as running text."""
+        return list(self._encode_text(" " + "".join(tokens).strip()))
+
     def _encode_text_uncached(self, text: str) -> tuple[int, ...]:
         """Text that others wrote: what looks like a special token in it stays text."""
         return tuple(self._tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids)
@@ -94,10 +102,13 @@ class PromptTokens:
         return [i for piece in pieces for i in self._tokenizer(piece, add_special_tokens=False).input_ids]
 
     def _bos(self) -> list[int]:
-        """BOS, where the tokenizer adds one to plain text; a chat template brings its own."""
-        plain = not self._tokenizer.chat_template
+        """BOS before plain text; a chat template brings its own."""
+        return [] if self._tokenizer.chat_template else self._first()
+
+    def _first(self) -> list[int]:
+        """BOS, where the tokenizer adds one to plain text."""
         first: list[int] = self._tokenizer("a").input_ids[:1]
-        return first if plain and first == [self._tokenizer.bos_token_id] else []
+        return first if first == [self._tokenizer.bos_token_id] else []
 
     def _check(self) -> None:
         """Refuses a tokenizer with which digits are not single tokens or lines do not read back as written."""

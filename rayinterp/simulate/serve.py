@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, cast
@@ -59,6 +60,8 @@ class _Waiting(NamedTuple):
     """A candidate in the queue, and where its answer goes."""
 
     requests: list[RuleRequest]
+    compute: Callable[[list[RuleRequest]], list[list[Any]]]
+    """What the engine is asked for: only requests for the same are merged."""
     answer: asyncio.Future[Any]
     since: float
 
@@ -80,6 +83,7 @@ class SimulatorReplica:
         engine = load_simulator(config)
         self._is_llm = isinstance(config, LLMSimulatorConfig)
         self._compute = cast("LogProbEngine", engine).log_probs if self._is_llm else engine.simulate
+        self._token_losses = getattr(engine, "token_losses", None)
         # Torch counts threads per calling thread, and Ray's default for a share of a CPU is one.
         threads = torch_threads(num_replicas)
         self._thread = ThreadPoolExecutor(1, "simulator", torch.set_num_threads, (threads,))
@@ -91,7 +95,18 @@ class SimulatorReplica:
 
     async def answer(self, requests: list[RuleRequest]) -> list[list[LogProbs]] | list[list[Prediction]]:
         """One array per sequence for each request: log-probabilities from an LLM engine, predictions from others."""
-        waiting = _Waiting(requests, asyncio.get_running_loop().create_future(), time.monotonic())
+        return await self._queued(requests, self._compute)
+
+    async def token_losses(self, requests: list[RuleRequest]) -> list[list[Any]]:
+        """Losses of every sequence's tokens behind a description, from an engine that gives them."""
+        if self._token_losses is None:
+            raise UserError("this simulator's engine gives no losses of texts; name one whose engine is transformers")
+        return await self._queued(requests, self._token_losses)
+
+    async def _queued(
+        self, requests: list[RuleRequest], compute: Callable[[list[RuleRequest]], list[list[Any]]]
+    ) -> list[list[Any]]:
+        waiting = _Waiting(requests, compute, asyncio.get_running_loop().create_future(), time.monotonic())
         self._waiting.append(waiting)
         self._metrics.queue.set(len(self._waiting))
         if self._worker is None or self._worker.done():
@@ -109,7 +124,7 @@ class SimulatorReplica:
         num_tokens = num_taken = 0
         for candidate in self._waiting:
             num_tokens += candidate.num_tokens
-            if num_taken and num_tokens > MERGED_TOKENS:
+            if num_taken and (num_tokens > MERGED_TOKENS or candidate.compute != self._waiting[0].compute):
                 break
             num_taken += 1
         batch, self._waiting = self._waiting[:num_taken], self._waiting[num_taken:]
@@ -118,7 +133,7 @@ class SimulatorReplica:
 
     async def _answer(self, batch: list[_Waiting]) -> None:
         try:
-            answers = await self._compute_merged([candidate.requests for candidate in batch])
+            answers = await self._compute_merged([candidate.requests for candidate in batch], batch[0].compute)
         except Exception as error:
             if len(batch) > 1:  # whoever caused it must not take the others along
                 for candidate in batch:
@@ -139,10 +154,12 @@ class SimulatorReplica:
         self._num_failures += 1
         return EngineError(f"the simulator's engine failed: {type(error).__name__}: {error}")
 
-    async def _compute_merged(self, candidates: list[list[RuleRequest]]) -> list[list[Any]]:
+    async def _compute_merged(
+        self, candidates: list[list[RuleRequest]], compute: Callable[[list[RuleRequest]], list[list[Any]]]
+    ) -> list[list[Any]]:
         loop, start = asyncio.get_running_loop(), time.monotonic()
         requests = list(chain.from_iterable(candidates))
-        answers = iter(await loop.run_in_executor(self._thread, self._compute, requests))
+        answers = iter(await loop.run_in_executor(self._thread, compute, requests))
         num_tokens = sum(len(sequence.tokens) for request in requests for sequence in request.sequences)
         self._stats["num_requests"] += len(candidates)
         self._stats["num_engine_calls"] += 1

@@ -4,18 +4,23 @@
     rule     "The detector responds to: ..."    once per rule and pass
     record   token <tab> unknown <newline> ...  read at the tabs
 
+It also gives the losses of texts behind a description, with the model's own head, for the scorer `surprisal`.
+
 Imports torch and transformers alone (and modules of this package that do the same), so that it runs on a bare GPU
 machine. It knows nothing of tables, configs or Ray.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from rayinterp.errors import UserError
+from rayinterp.prompts import surprisal_prefix
 from rayinterp.simulate import prompt_tree
 from rayinterp.simulate.prompt_tokens import PromptTokens, Record
 from rayinterp.simulate.prompt_tree import Branch, TreePlan
@@ -95,7 +100,8 @@ class TransformersSimulator:
             raise UserError(
                 f"simulator model {model!r} ({type(self._model).__name__}) has no LM head to read digits from"
             )
-        self._model.set_output_embeddings(DigitHead(head, self._prompt.digit_ids))
+        self._heads = DigitHead(head, self._prompt.digit_ids), head
+        self._model.set_output_embeddings(self._heads[0])
         self._header_kv = self._read_header()
         self._nulls: dict[tuple[str, tuple[str, ...]], Float32[np.ndarray, "seq 6"]] = {}
 
@@ -144,9 +150,63 @@ class TransformersSimulator:
         values = logits[torch.tensor(rows, device=logits.device)].float().log_softmax(-1).cpu()
         return [part.numpy() for part in values.split([len(of_leaf) for of_leaf in reads])]
 
-    def _check_lengths(self, branches: list[Branch]) -> None:
+    @torch.inference_mode()
+    def token_losses(self, requests: list[RuleRequest]) -> list[list[Float32[np.ndarray, "tokens"]]]:
+        """Negative log-likelihoods, in nats, of every token of a text behind a description of it.
+
+        A rule stands for the description (`prompts.surprisal_prefix`); a text is that of its sequence's tokens in the
+        simulator's own tokenisation. For each request one array per sequence.
+        """
+        texts = [[self._prompt.text(sequence.tokens) for sequence in request.sequences] for request in requests]
+        branches = [
+            Branch(self._prompt.prefix(surprisal_prefix(request.rule)), of_request)
+            for request, of_request in zip(requests, texts, strict=True)
+        ]
+        self._check_lengths(branches, header_length=0)
+        answers: list[list[Any]] = [[None] * len(request.sequences) for request in requests]
+        with self._whole_head():
+            for plan in prompt_tree.plan_passes(branches, self._token_budget):
+                for leaf, values in zip(plan.leaves, self._losses(plan), strict=True):
+                    answers[leaf.branch][leaf.record] = values
+        return answers
+
+    def _losses(self, plan: TreePlan) -> Iterator[Float32[np.ndarray, "tokens"]]:
+        """One pass without the header; losses of each of its texts."""
+        tree = prompt_tree.pack(plan.segments, 0)
+        logits = self._model(
+            input_ids=tree.ids[None].to(self._device),
+            position_ids=tree.position_ids[None].to(self._device),
+            attention_mask=prompt_tree.attention_masks(self._model, tree, 0, self._dtype, self._device),
+            past_key_values=DynamicCache(),
+            use_cache=True,
+        ).logits[0]
+        for leaf in plan.leaves:
+            ids, parent = plan.segments[leaf.segment]
+            before = tree.starts[parent] + len(plan.segments[parent].ids) - 1
+            start = tree.starts[leaf.segment]
+            # A token is read where the one before it stands, the first where the description ends.
+            rows = torch.tensor([before, *range(start, start + len(ids) - 1)][: len(ids)], device=logits.device)
+            # A text at a time: a whole pass in float32 would be gigabytes with a vocabulary of 256,000.
+            losses = torch.nn.functional.cross_entropy(
+                logits[rows].float(), torch.tensor(ids, device=logits.device), reduction="none"
+            )
+            yield losses.cpu().numpy()
+
+    @contextmanager
+    def _whole_head(self) -> Iterator[None]:
+        """The model's own head in place of the digits' rows."""
+        digits, whole = self._heads
+        self._model.set_output_embeddings(whole)
+        try:
+            yield
+        finally:
+            self._model.set_output_embeddings(digits)
+
+    def _check_lengths(self, branches: list[Branch], header_length: int | None = None) -> None:
         longest = max((len(b.rule) + max(map(len, b.records), default=0) for b in branches), default=0)
-        prompt_tree.check_length(self._model, self.header_length + longest)
+        prompt_tree.check_length(
+            self._model, (self.header_length if header_length is None else header_length) + longest
+        )
 
     @torch.inference_mode()
     def _read_header(self) -> list[tuple[torch.Tensor, torch.Tensor]]:

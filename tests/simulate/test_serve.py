@@ -293,3 +293,24 @@ async def test_a_service_grows_from_nothing_with_demand_and_goes_away_without_it
     watching.cancel()
     assert max(trace) == 2 and trace[0] == 0
     serve.delete(app)
+
+
+async def test_losses_are_computed_in_turn_with_candidates_and_not_merged_with_them(tmp_path):
+    from rayinterp.simulate.transformers import TransformersSimulator
+
+    arm = tiny_config(tmp_path / "model")
+    replica = SimulatorReplica("tiny", arm)
+    answers = await asyncio.gather(
+        replica.answer(CANDIDATE), replica.token_losses(CANDIDATE), replica.token_losses(CANDIDATE[:1])
+    )
+    assert (await replica.stats())["num_engine_calls"] == 2  # the two for losses are one
+    engine = TransformersSimulator(arm.model, dtype="float32", num_few_shots=1)
+    for found, expected in zip(
+        answers, (engine.log_probs(CANDIDATE), *map(engine.token_losses, (CANDIDATE, CANDIDATE[:1]))), strict=True
+    ):
+        for one, other in zip(found, expected, strict=True):
+            for a, b in zip(one, other, strict=True):
+                np.testing.assert_allclose(a, b, atol=1e-3)
+    late = SimulatorReplica("late", LateInteractionConfig(embedder="embedded/minilm-l6"))
+    with pytest.raises(UserError, match="gives no losses"):
+        await late.token_losses(CANDIDATE)

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, GPTNeoConfig
 
 from rayinterp.errors import UserError
+from rayinterp.prompts import surprisal_prefix
 from rayinterp.simulate.prompt_tokens import PromptTokens
 from rayinterp.simulate.simulator import NULL_EXPLANATIONS, RuleRequest, TokenSequence, expected_value
 from rayinterp.simulate.transformers import TransformersSimulator
@@ -151,3 +152,45 @@ def test_imports_with_torch_and_transformers_alone():
     code = f"import sys, transformers; sys.modules.update(dict.fromkeys({absent.split()})); import {modules}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def one_text_at_a_time(folder: str, description: str, sequence: TokenSequence) -> np.ndarray:
+    """Losses of a text's tokens behind a description, from the model as it was saved."""
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+
+    before, text = encode(surprisal_prefix(description)), encode(" " + "".join(sequence.tokens).strip())
+    with torch.inference_mode():
+        log_probs = model(torch.tensor([before + text])).logits[0].float().log_softmax(-1)
+    places = range(len(before), len(before) + len(text))
+    return np.array([-log_probs[place - 1, token].item() for place, token in zip(places, text, strict=True)])
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "gptj"])
+def test_losses_equal_one_text_at_a_time(tmp_path, kind):
+    """Tied and untied heads, one with a bias; gemma2 caps its logits and has sliding windows."""
+    folder = save_model(tmp_path, kind, chat=kind == "llama")
+    in_one_pass, in_many = (TransformersSimulator(folder, token_budget=b, **OPTIONS) for b in (2048, 60))
+    digits = in_one_pass.log_probs(REQUESTS)
+    whole, cut = (simulator.token_losses(REQUESTS) for simulator in (in_one_pass, in_many))
+    for request, packed, in_parts in zip(REQUESTS, whole, cut, strict=True):
+        for index, sequence in enumerate(request.sequences):
+            expected = one_text_at_a_time(folder, request.rule, sequence)
+            assert packed[index].shape == in_parts[index].shape == expected.shape and len(expected) > 1
+            np.testing.assert_allclose(packed[index], expected, atol=10 * TOLERANCE)
+            np.testing.assert_allclose(in_parts[index], expected, atol=10 * TOLERANCE)
+    # The digits' head is back in its place.
+    for before, after in zip(digits, in_one_pass.log_probs(REQUESTS), strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
+    same_texts = [request._replace(sequences=SEQUENCES[1:]) for request in REQUESTS]
+    (first, *_), (other, *_) = in_one_pass.token_losses(same_texts)
+    assert np.abs(first - other).max() > 100 * TOLERANCE, "the description makes no difference"
+
+
+def test_a_text_without_visible_tokens_has_losses_or_none(tmp_path):
+    (answer,) = TransformersSimulator(save_model(tmp_path), **OPTIONS).token_losses(
+        [RuleRequest("r", (TokenSequence(1, ("\n", " ")), TokenSequence(2, (" a",))))]
+    )
+    assert [np.isfinite(losses).all() for losses in answer] == [True, True]

@@ -1,0 +1,238 @@
+"""The scorers on the planted run: what they find, what they pay for, and what they do when calls fail."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+from scipy.stats import mannwhitneyu
+
+from rayinterp.config import scorer_id
+from rayinterp.explain.client import LLMError, LLMReply
+from rayinterp.explain.rows import arm_ids
+from rayinterp.explanation import Rule, to_json, wording
+from rayinterp.planted import RULES, fires
+from rayinterp.scorers.runner import Services, plan_scorers, run_scorers, texts_of
+from rayinterp.scorers.values import Graded
+from rayinterp.simulate.simulator import CONTROL_NULLS
+from rayinterp.subject import FeatureId
+from rayinterp.tables import Committer, Tables
+from tests.conftest import copy_upstream, planted_config
+
+ASKS = (
+    "score.scorers.detection={method: detection, llm: knows}",
+    "score.scorers.fuzzing={method: fuzzing, llm: knows, max_records: 10}",
+    "score.scorers.intruder={method: intruder, llm: knows, num_shown: 4, max_records: 10}",
+)
+SURPRISAL = (
+    "simulators={oracle: {engine: oracle}, reader: {engine: transformers, model: m}}",
+    "score.scorers.surprisal={method: surprisal, simulator: reader}",
+)
+EMBEDDING = ("score.scorers.embedding={method: embedding}",)
+SOURCES = {"similar_negative", "random_negative", "rule_negative"}
+DOLLAR = ("llms.knows.usd_per_million_prompt_tokens=1e6", "llms.knows.usd_per_million_completion_tokens=0")
+"""A call."""
+
+
+def strongest(description: str, text: str) -> float:
+    """How strongly the planted rules that a description names fire in a text."""
+    rules = tuple(Rule(rule) for rule in description.split("; ") if rule in RULES)
+    words = text.replace("<<", "").replace(">>", "").split()
+    at = fires(rules, words)
+    marks = ["<<" in word for word in text.split()]
+    return max((value for value, mark in zip(at, marks, strict=True) if mark or not any(marks)), default=0.0)
+
+
+class Fakes:
+    """Picklable: an LLM that knows what planted rules mean, a model that reads texts, and a bill of what is asked."""
+
+    def __init__(self, bill: Path, fails: str = "", mumbles: str = ""):
+        self.bill, self.fails, self.mumbles = bill, fails, mumbles
+        """Features on which calls fail, and on which answers do not parse."""
+
+    def __call__(self, config, tables, committer, name, key):
+        return Services(self.generate, self.losses)
+
+    async def generate(self, request, feature_key):
+        if re.fullmatch(self.fails, feature_key):
+            raise LLMError("APITimeoutError from m", True)
+        with self.bill.open("a") as file:
+            file.write(request.hash + "\n")
+        question = next(m["content"] for m in reversed(request.messages) if "Text 1:" in m["content"])
+        texts = re.findall(r"Text \d+: (.*)", question)
+        if re.fullmatch(self.mumbles, feature_key):
+            return LLMReply("Some of them do.", "stop", 1, 1)
+        described = re.search(r"Description: (.*)", question)
+        if described:
+            return LLMReply(str([int(strongest(described[1], text) > 0) for text in texts]), "stop", 1, 1)
+        truth = {"planted/0": "words about ships and the sea", "planted/2": "bowed string instruments; citrus fruits"}
+        values = [strongest(truth.get(feature_key, "the word 'bank' soon after a river or stream"), t) for t in texts]
+        return LLMReply(str(1 + int(np.argmin(values))), "stop", 1, 1)
+
+    async def losses(self, requests):
+        return [
+            [np.array([3.0, 3.0 - strongest(r.rule, " ".join(t.strip() for t in s.tokens))]) for s in r.sequences]
+            for r in requests
+        ]
+
+
+@pytest.fixture
+def copied(planted_run, tmp_path):
+    """Explained, and with rule negatives, but not graded."""
+    folder = copy_upstream(planted_run, tmp_path / "run")
+    for name in ("explanations", "test_records"):
+        Tables(str(folder)).append(name, planted_run.tables.read(name))
+    return folder
+
+
+def score(folder, services, *overrides, over_budget=lambda usd: None):
+    config = planted_config(folder, *overrides)
+    tables = Tables(str(folder))
+    plans = plan_scorers(config, tables, [arm_ids(config, name)[0] for name in config.explainers])
+    committer = ray.remote(Committer).options(num_cpus=0).remote(tables)
+    try:
+        counts = run_scorers(config, tables, plans, committer, over_budget=over_budget, connect=services)
+    finally:
+        ray.kill(committer)
+    return counts, tables, config
+
+
+def values(tables, config, scorer, source, control="", explainer=None):
+    """By feature key."""
+    explainer = "" if explainer is None else arm_ids(config, explainer)[0]
+    where = (
+        f"simulator = '{scorer_id(config, scorer)}' and source = '{source}' and control = '{control}' "
+        f"and explainer = '{explainer}'"
+    )
+    return {row["feature_key"]: row["value"] for row in tables.read("scores", where=where).to_pylist()}
+
+
+def test_what_explains_a_planted_feature_scores_1_and_controls_do_not(copied, tmp_path):
+    counts, tables, config = score(copied, Fakes(tmp_path / "bill"), *ASKS, *SURPRISAL)
+    assert {row["source"] for row in tables.read("scores").to_pylist()} == SOURCES
+    for source in ("similar_negative", "random_negative"):
+        for scorer in ("detection", "fuzzing", "surprisal"):
+            assert values(tables, config, scorer, source, explainer="right") == {f"planted/{n}": 1.0 for n in range(3)}
+            wrong = values(tables, config, scorer, source, explainer="wrong")
+            assert wrong.keys() == {"planted/0", "planted/1", "planted/2"} and wrong["planted/2"] is None
+            assert wrong["planted/0"] < 0.9
+            controls = values(tables, config, scorer, source, "null")
+            assert controls == {f"planted/{n}": 0.5 for n in range(3)}
+            shuffled = values(tables, config, scorer, source, "shuffled", "right")
+            assert shuffled.keys() == controls.keys() and np.mean(list(shuffled.values())) < 0.75
+        assert values(tables, config, "intruder", source) == {f"planted/{n}": 1.0 for n in range(3)}
+    assert counts["detection ok"] and counts["intruder wide"] and counts["detection parse_error"]
+    rows = tables.read("scores", where="scorer = 'detection' and status = 'parse_error'").to_pylist()
+    assert {(row["feature_key"], row["num_unparsed"]) for row in rows} == {("planted/2", None)}  # the explainer's
+
+    paid = (tmp_path / "bill").read_text().split()
+    assert len(paid) == len(set(paid)) == tables.count("llm_calls", "stage = 'score'")
+    before = tables.version("scores")
+    score(copied, Fakes(tmp_path / "bill"), *ASKS, *SURPRISAL)
+    assert tables.version("scores") == before and (tmp_path / "bill").read_text().split() == paid
+    # Other settings: graded again, from the answers that there are.
+    _, tables, config = score(copied, Fakes(tmp_path / "bill"), *ASKS, "score.num_bootstrap=7")
+    assert (tmp_path / "bill").read_text().split() == paid
+    settings = tables.read("scores", where="scorer = 'detection'")["settings"].to_pylist()
+    assert all(one.startswith("bootstrap 7") for one in settings)
+
+
+def test_a_failed_call_is_a_row_and_is_made_good_by_the_next_run(copied, tmp_path):
+    bill = tmp_path / "bill"
+    counts, tables, config = score(copied, Fakes(bill, fails="planted/1"), ASKS[0])
+    assert values(tables, config, "detection", "random_negative", explainer="right") == {
+        "planted/0": 1.0,
+        "planted/1": None,
+        "planted/2": 1.0,
+    }
+    assert counts["detection llm_error"] == 3 * 3  # explainers, sources
+    paid = bill.read_text().split()
+    counts, tables, config = score(copied, Fakes(bill), ASKS[0])
+    assert values(tables, config, "detection", "random_negative", explainer="right")["planted/1"] == 1.0
+    assert "detection llm_error" not in counts
+    everything = bill.read_text().split()
+    assert everything[: len(paid)] == paid and len(everything) == len(set(everything))
+    # An arm that joins pays for what it says alone.
+    before = tables.read("scores").to_pylist()
+    joined = "explainers.joined={method: lexical, simulator: oracle}"
+    arm = arm_ids(planted_config(copied, joined), "joined")[0]
+    (row,) = tables.read("explanations", where="feature_key = 'planted/0'").slice(0, 1).to_pylist()
+    tables.append("explanations", [{**row, "explainer": arm, "explanation": to_json((Rule("the word 'zither'"),))}])
+    _, tables, config = score(copied, Fakes(bill), ASKS[0], joined)
+    assert values(tables, config, "detection", "random_negative", explainer="joined") == {"planted/0": 0.5}
+    everything = bill.read_text().split()
+    assert len(everything) == len(set(everything)) == tables.count("llm_calls", "stage = 'score'")
+    after = tables.read("scores").to_pylist()
+    assert [one for one in after if one["explainer"] != arm] == before
+
+
+def test_answers_that_do_not_parse_are_counted(copied, tmp_path):
+    _, tables, _ = score(copied, Fakes(tmp_path / "bill", mumbles="planted/0"), *ASKS)
+    for scorer, num in (("detection", 60), ("fuzzing", 20), ("intruder", 10)):
+        where = f"scorer = '{scorer}' and feature_key = 'planted/0' and source = 'random_negative'"
+        rows = tables.read("scores", where=where).to_pylist()
+        assert {(row["value"], row["status"], row["num_unparsed"], row["num_records"]) for row in rows} == {
+            (None, "parse_error", num, 0)
+        }
+    assert set(
+        tables.read("scores", where="feature_key = 'planted/2' and value is not null")["num_unparsed"].to_pylist()
+    ) == {0}
+
+
+def test_a_budget_leaves_the_rest_for_later(copied, tmp_path):
+    bill = tmp_path / "bill"
+    one_at_a_time = "resources.searches_per_actor=1"
+    _, tables, config = score(
+        copied, Fakes(bill), ASKS[2], *DOLLAR, one_at_a_time, over_budget=lambda usd: "spent" if usd > 0 else None
+    )
+    found = values(tables, config, "intruder", "random_negative")
+    assert sorted(found.values(), key=str) == [1.0, None, None]
+    counts, tables, config = score(copied, Fakes(bill), ASKS[2], *DOLLAR)
+    assert set(values(tables, config, "intruder", "random_negative").values()) == {1.0}
+    assert not any("no_budget" in name for name in counts)
+    paid = bill.read_text().split()
+    assert len(paid) == len(set(paid))
+
+
+def test_max_calls_reaches_the_first_features_only(copied, tmp_path):
+    # 30 questions of the first feature at most, each asked twice at most.
+    limited = (*ASKS[2:], "llms.knows.max_calls=110")
+    for _ in range(2):
+        _, tables, config = score(copied, Fakes(tmp_path / "bill"), *limited)
+        assert values(tables, config, "intruder", "random_negative") == {
+            "planted/0": 1.0,
+            "planted/1": None,
+            "planted/2": None,
+        }
+        assert tables.count("scores", "status = 'no_budget'") == 2 * 3
+
+
+def test_embedding_is_the_cosine_of_the_index(copied, tmp_path):
+    from rayinterp.scorers.runner import connect
+
+    _, tables, config = score(copied, connect, *EMBEDDING)
+    found = values(tables, config, "embedding", "random_negative", explainer="right")
+    assert found.keys() == {"planted/0", "planted/1", "planted/2"} and found["planted/0"] > 0.8
+    encoder = connect(config, tables, None, "embedding", None).embed
+    (vector,) = encoder(["words about ships and the sea"])
+    rows = tables.read("records", where="feature_key = 'planted/0' and split = 'test'").to_pylist()
+    stored = {row["sequence_id"]: np.array(row["vector"], float) for row in tables.read("embeddings").to_pylist()}
+    cosine = {row["sequence_id"]: stored[row["sequence_id"]] @ vector for row in rows}
+    on, off = ([cosine[r["sequence_id"]] for r in rows if r["source"] == s] for s in ("positive", "random_negative"))
+    assert found["planted/0"] == pytest.approx(mannwhitneyu(on, off).statistic / (len(on) * len(off)), abs=1e-6)
+
+
+def test_texts_that_are_graded(planted_run):
+    from rayinterp.grade_plan import read_explained
+
+    config, tables = planted_run.config, planted_run.tables
+    ids = {name: arm_ids(config, name)[0] for name in config.explainers}
+    by_feature = read_explained(tables, list(ids.values()))
+    feature = FeatureId("planted", 2)
+    texts = texts_of(feature, by_feature, by_feature[feature].explanations, config)
+    assert texts[Graded(ids["right"], "")] == "bowed string instruments; citrus fruits"
+    assert texts[Graded("", "null")] in CONTROL_NULLS
+    others = {wording(by_feature[FeatureId("planted", n)].explanations[ids["right"]]) for n in (0, 1)}
+    assert texts[Graded(ids["right"], "shuffled")] in others
+    assert wording((Rule("a", 0), Rule("b", 2))) == "b" and wording((Rule("a", 0),)) == "a"

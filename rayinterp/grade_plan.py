@@ -154,10 +154,13 @@ def read_explained(tables: Tables, explainers: list[str]) -> dict[FeatureId, Exp
     return by_feature
 
 
-def count_test_records(tables: Tables, rule_negatives: Counter[str], max_records: int | None) -> Counter[str]:
-    """Test records by feature, at most `max_records` of each source."""
+def count_test_records(
+    tables: Tables, rule_negatives: Counter[str], max_records: int | None, silent_alone: bool = False
+) -> Counter[str]:
+    """Test records by feature, at most `max_records` of each source; without positives where `silent_alone`."""
     counts: Counter[str] = Counter()
-    for row in tables.read("record_counts", ["feature_key", "found"], "split = 'test'").to_pylist():
+    where = "split = 'test' and source != 'positive'" if silent_alone else "split = 'test'"
+    for row in tables.read("record_counts", ["feature_key", "found"], where).to_pylist():
         counts[row["feature_key"]] += row["found"] if max_records is None else min(row["found"], max_records)
     counts.update({key: n if max_records is None else min(n, max_records) for key, n in rule_negatives.items()})
     return counts

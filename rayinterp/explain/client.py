@@ -50,6 +50,8 @@ class LLMRequest(NamedTuple):
     """Where the form of the answer is enforced, the rules that it may have; 0 leaves the form to the model."""
     answer_format: AnswerFormat = "text"
     """How an endpoint is told the form."""
+    answer_schema: str = ""
+    """JSON schema that a model of our own is held to, where the answer is not a list of rules."""
 
     @property
     def hash(self) -> str:
@@ -57,6 +59,8 @@ class LLMRequest(NamedTuple):
         content: dict[str, Any] = {"prefill": "", **self._asdict()}
         if self.answer_format == "text":
             del content["answer_format"]
+        if not self.answer_schema:
+            del content["answer_schema"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 

@@ -1,8 +1,8 @@
 """An LLM of our own: any Hugging Face chat model, and the Ray Serve replica that runs it.
 
-The chance of an answer comes from the request's seed alone, so a repeated request gives the same answer. A structured
-answer is held to its form by a grammar (llguidance), whatever the size of the model: at each token those that lead out
-of the form are taken away, for 1.4 ms a token, where the embedded model takes 65 on one core.
+The chance of an answer comes from the request's seed alone, so a repeated request gives the same answer. A list of rules
+or a judge's answer is held to its form by a grammar (llguidance), whatever the size of the model: at each token those
+that lead out of the form are taken away, for 1.4 ms a token, where the embedded model takes 65 on one core.
 """
 
 from __future__ import annotations
@@ -42,13 +42,15 @@ def characters_per_rule(max_tokens: int, rule_cap: int) -> int:
 
 
 class Grammar(LogitsProcessor):
-    """Leaves an answer only tokens with which it can still become a list of rules; batches of one."""
+    """Leaves an answer only tokens with which it can still take the form that is asked for; batches of one."""
 
     def __init__(self, tokenizer: LLTokenizer, request: LLMRequest, prompt_tokens: int) -> None:
-        length = characters_per_rule(request.max_tokens, request.list_cap)
-        schema = rules_schema(request.list_cap, length)["properties"]["rules"]
+        schema = request.answer_schema
+        if request.list_cap:
+            length = characters_per_rule(request.max_tokens, request.list_cap)
+            schema = json.dumps(rules_schema(request.list_cap, length)["properties"]["rules"])
         spacing: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-        grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=spacing)
+        grammar = LLMatcher.grammar_from_json_schema(schema, defaults=spacing)
         self._matcher, self._read = LLMatcher(tokenizer, grammar), prompt_tokens
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
@@ -80,7 +82,8 @@ class LocalLLM:
         inputs = inputs.to(self._device)
         sampling = {"do_sample": True, "temperature": request.temperature, "top_k": 50, "top_p": 0.95}
         prompt_tokens = inputs["input_ids"].shape[1]
-        form = [Grammar(self._vocabulary, request, prompt_tokens)] if request.list_cap else []
+        has_form = request.list_cap or request.answer_schema
+        form = [Grammar(self._vocabulary, request, prompt_tokens)] if has_form else []
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(request.seed)
             output = self._model.generate(

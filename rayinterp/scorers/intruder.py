@@ -15,7 +15,7 @@ from rayinterp.config import IntruderConfig, LLMConfig
 from rayinterp.explain.explainer import Call
 from rayinterp.prompts import MarkedRecord, intruder_again, intruder_messages
 from rayinterp.records import ActivationRecord
-from rayinterp.scorers.judged import all_or_failure, ask, marked
+from rayinterp.scorers.judged import Form, all_or_failure, ask, marked
 from rayinterp.scorers.values import Answers, fires
 from rayinterp.sources import generator_for
 from rayinterp.subject import FeatureId
@@ -79,18 +79,11 @@ async def find_intruders(
 ) -> Answers:
     """1 for every intruder that is found and 0 for every other one; nothing for activating records."""
     count = scorer.num_shown
+    schema = {"enum": list(range(1, count + 1))}
+    form = Form(lambda answer: parse_choice(answer, count), schema, intruder_again(count))
 
     def one(question: IntruderQuestion) -> Awaitable[int | None]:
-        return ask(
-            call,
-            llm,
-            scorer,
-            intruder_messages(list(question.records)),
-            lambda answer: parse_choice(answer, count),
-            intruder_again(count),
-            feature,
-            seed,
-        )
+        return ask(call, llm, scorer, intruder_messages(list(question.records)), form, feature, seed)
 
     answers = await all_or_failure(map(one, asked))
     if answers is None:

@@ -11,11 +11,11 @@ import asyncio
 import json
 import re
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from rayinterp.config import JudgeConfig, LLMConfig
+from rayinterp.config import DetectionConfig, FuzzingConfig, JudgeConfig, LLMConfig
 from rayinterp.corpus import stable_hash
 from rayinterp.explain.client import LLMError, LLMRequest, endpoint_of
 from rayinterp.explain.explainer import Call
@@ -41,6 +41,22 @@ MESSAGES: dict[str, Callable[[str, list[MarkedRecord]], list[Message]]] = {
     "detection": detection_messages,
     "fuzzing": fuzzing_messages,
 }
+
+
+class Form(NamedTuple, Generic[Answer]):
+    """What a question's answer looks like."""
+
+    parse: Callable[[str], Answer | None]
+    """None where it cannot be read."""
+    schema: dict[str, Any]
+    """A model of our own is held to it; an endpoint is asked, in the prompt."""
+    again: str
+    """What the LLM is told of an answer that cannot be read."""
+
+
+def verdicts_form(count: int) -> Form[list[bool]]:
+    schema = {"type": "array", "items": {"enum": [0, 1]}, "minItems": count, "maxItems": count}
+    return Form(lambda answer: parse_verdicts(answer, count), schema, verdicts_again(count))
 
 
 class Question(NamedTuple):
@@ -123,15 +139,11 @@ async def ask(
     llm: LLMConfig,
     scorer: JudgeConfig,
     messages: list[Message],
-    parse: Callable[[str], Answer | None],
-    again: str,
+    form: Form[Answer],
     feature: FeatureId,
     seed: int,
 ) -> Answer | None:
     """Asks until an answer parses, at most `max_parse_retries` times more; None where none does.
-
-    Args:
-        again: What the LLM is told of an answer that does not parse.
 
     Raises:
         LLMError: a call failed for good.
@@ -145,12 +157,13 @@ async def ask(
             scorer.max_tokens,
             # Of no arm: explainers that say the same are judged once.
             stable_hash(f"{seed}/{feature}/{attempt}") % 2**31,
+            answer_schema=json.dumps(form.schema) if llm.provider == "local" else "",
         )
         reply, _ = await call(request, str(feature))
-        answer = parse(reply.text)
+        answer = form.parse(reply.text)
         if answer is not None:
             return answer
-        messages = asked_again(messages, reply.text, again)
+        messages = asked_again(messages, reply.text, form.again)
     return None
 
 
@@ -166,7 +179,7 @@ async def all_or_failure(asked: Iterable[Awaitable[Answer]]) -> list[Answer] | N
 async def judge(
     call: Call,
     llm: LLMConfig,
-    scorer: JudgeConfig,
+    scorer: DetectionConfig | FuzzingConfig,
     description: str,
     asked: Sequence[Question],
     feature: FeatureId,
@@ -175,17 +188,8 @@ async def judge(
     """Verdicts on all records by one description."""
 
     def one(question: Question) -> Awaitable[list[bool] | None]:
-        count = len(question.records)
-        return ask(
-            call,
-            llm,
-            scorer,
-            MESSAGES[scorer.method](description, list(question.records)),  # type: ignore[attr-defined]
-            lambda answer: parse_verdicts(answer, count),
-            verdicts_again(count),
-            feature,
-            seed,
-        )
+        messages = MESSAGES[scorer.method](description, list(question.records))
+        return ask(call, llm, scorer, messages, verdicts_form(len(question.records)), feature, seed)
 
     answers = await all_or_failure(map(one, asked))
     if answers is None:

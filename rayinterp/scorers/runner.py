@@ -22,7 +22,9 @@ from pydantic import SecretStr
 
 from rayinterp import rule_negatives
 from rayinterp.config import (
+    DetectionConfig,
     EmbeddingConfig,
+    FuzzingConfig,
     IntruderConfig,
     JudgeConfig,
     RunConfig,
@@ -31,7 +33,7 @@ from rayinterp.config import (
     scorer_id,
 )
 from rayinterp.explain.actor import make_client
-from rayinterp.explain.client import Generate, Ledger, api_key, limited
+from rayinterp.explain.client import Generate, Ledger, LLMError, LLMReply, LLMRequest, api_key, limited
 from rayinterp.explain.outage import MAX_FAILURES
 from rayinterp.explanation import Explanation, wording
 from rayinterp.grade import first_of_each_source
@@ -107,7 +109,8 @@ def plan_scorer(config: RunConfig, tables: Tables, name: str, explainers: list[s
     """
     scorer, arm = config.score.scorers[name], scorer_id(config, name)
     called_for = count_rule_negatives(config, tables)
-    num_records = count_test_records(tables, called_for, scorer.max_records)
+    silent_alone = isinstance(scorer, IntruderConfig)
+    num_records = count_test_records(tables, called_for, scorer.max_records, silent_alone)
     stands = _standing(config, tables, arm)
     by_feature = _to_grade(scorer, tables, explainers)
     calls_left = config.llms[scorer.llm].max_calls if isinstance(scorer, JudgeConfig) else None
@@ -255,15 +258,19 @@ class ScorerActor:
         if ray.get_runtime_context().was_current_actor_reconstructed:  # what was told to the one before is looked up
             ray.get(committer.flush.remote())
 
-    async def score(self, work: ScorerWork) -> Scored:
-        """Rows of `scores` of one feature."""
+    async def score(self, work: ScorerWork, refused: str | None = None) -> Scored:
+        """Rows of `scores` of one feature.
+
+        Args:
+            refused: The status of what would need a new call, where none may be made; what is remembered is used.
+        """
         drawn = await asyncio.to_thread(self._load, work.feature)
         records, descriptions = each_once(drawn), list(dict.fromkeys(work.texts.values()))
         ledger, scorer = None, self._scorer
         if not records:
             answers = {text: Answers((), "no_records") for text in descriptions}
         elif isinstance(scorer, JudgeConfig):
-            ledger = await self._ledger(scorer, work.feature)
+            ledger = await self._ledger(scorer, work.feature, refused)
             answers = await self._ask(scorer, ledger, work.feature, records, descriptions)
         elif self._services.losses is not None:
             answers = await surprisal(self._services.losses, descriptions, records)
@@ -275,6 +282,8 @@ class ScorerActor:
             self._config,
         )
         rows = [{**row, "settings": work.settings} for row in rows]
+        if refused:
+            rows = [{**row, "status": refused} if row["status"] == "llm_error" else row for row in rows]
         return Scored(rows, ledger.num_new if ledger else 0, ledger.usd_new if ledger else 0.0)
 
     def _load(self, feature: FeatureId) -> list[Any]:
@@ -290,6 +299,7 @@ class ScorerActor:
         if isinstance(scorer, IntruderConfig):
             asked = intruder_questions(records, scorer.num_shown, feature, seed)
             return {"": await find_intruders(ledger, llm, scorer, asked, len(records), feature, seed)}
+        assert isinstance(scorer, DetectionConfig | FuzzingConfig), scorer
         shown = questions(records, scorer.num_shown, feature, seed)
         judged = (judge(ledger, llm, scorer, text, shown, feature, seed) for text in descriptions)
         return dict(zip(descriptions, await asyncio.gather(*judged), strict=True))
@@ -299,7 +309,7 @@ class ScorerActor:
         vectors = read_vectors(self._tables, [record.sequence.sequence_id for record in records])
         return cosines(vectors, descriptions, np.asarray(self._services.embed(descriptions)))
 
-    async def _ledger(self, scorer: JudgeConfig, feature: FeatureId) -> Ledger:
+    async def _ledger(self, scorer: JudgeConfig, feature: FeatureId, refused: str | None) -> Ledger:
         columns = ["request_hash", "response", "finish_reason", "prompt_tokens", "completion_tokens", "cost_usd"]
         where = f"feature_key = '{feature}'"
         rows = (await asyncio.to_thread(self._tables.read, "llm_calls", columns, where)).to_pylist()
@@ -308,7 +318,13 @@ class ScorerActor:
         async def write(row: dict[str, Any]) -> None:
             await self._committer.add.remote({"llm_calls": [row]})
 
-        return Ledger(self._services.generate, self._config.llms[scorer.llm], rows, write, "score")
+        generate = no_new_call if refused else self._services.generate
+        return Ledger(generate, self._config.llms[scorer.llm], rows, write, "score")
+
+
+async def no_new_call(request: LLMRequest, feature_key: str) -> LLMReply:
+    """What is asked in place of an LLM when nothing more may be spent, or it is down."""
+    raise LLMError("not asked")
 
 
 def run_scorers(
@@ -358,37 +374,34 @@ def _run_scorer(
     queue, running = deque(plan.work), {}
     done, total = plan.num_finished, plan.num_finished + len(plan.work)
     waiting: list[dict[str, Any]] = []
-    last_write, num_failures, why_not = time.monotonic(), 0, None
+    last_write, num_failures = time.monotonic(), 0
+    refused: str | None = None
     progress(done, total, plan.name)
-    while queue or running or waiting:
-        if asks_llm and over_budget(usd) is not None:
-            why_not = "no_budget"
-        elif num_failures >= MAX_FAILURES:
-            why_not = "llm_error"
-        while queue and (idle or why_not):
-            work = queue.popleft()
-            if why_not:
-                explainers = {graded.explainer for graded in work.texts if not graded.control}
-                for explainer in sorted(explainers):
-                    waiting += unscored_rows(config, plan, work.feature, work.settings, explainer, why_not)
-                continue
-            actor = idle.pop()
-            running[actor.score.options(max_task_retries=-1).remote(work)] = actor
-        ready, _ = ray.wait(list(running), num_returns=1, timeout=1.0) if running else ([], [])
-        for reference in ready:
-            idle.append(running.pop(reference))
-            scored = ray.get(reference)
-            usd, done = usd + scored.usd, done + 1
-            failed = any(row["status"] == "llm_error" for row in scored.rows)
-            num_failures = num_failures + 1 if failed and not scored.num_answered else 0
-            waiting += scored.rows
-        if waiting and (not (queue or running) or time.monotonic() - last_write > COMMIT_SECONDS):
-            ray.get(committer.flush.remote())  # what a score rests on is durable before it
-            replace_scores(tables, plan.arm, waiting)
-            waiting, last_write = [], time.monotonic()
-            progress(done, total, plan.name)
-    for actor in actors:
-        ray.kill(actor)
+    try:
+        while queue or running or waiting:
+            if asks_llm and over_budget(usd) is not None:
+                refused = "no_budget"
+            elif num_failures >= MAX_FAILURES:
+                refused = "llm_error"
+            while queue and idle:
+                actor = idle.pop()
+                running[actor.score.options(max_task_retries=-1).remote(queue.popleft(), refused)] = actor
+            ready, _ = ray.wait(list(running), num_returns=1, timeout=1.0) if running else ([], [])
+            for reference in ready:
+                idle.append(running.pop(reference))
+                scored = ray.get(reference)
+                usd, done = usd + scored.usd, done + 1
+                failed = any(row["status"] == "llm_error" for row in scored.rows)
+                num_failures = num_failures + 1 if failed and not scored.num_answered else 0
+                waiting += scored.rows
+            if waiting and (not (queue or running) or time.monotonic() - last_write > COMMIT_SECONDS):
+                ray.get(committer.flush.remote())  # what a score rests on is durable before it
+                replace_scores(tables, plan.arm, waiting)
+                waiting, last_write = [], time.monotonic()
+                progress(done, total, plan.name)
+    finally:
+        for actor in actors:
+            ray.kill(actor)
     return usd
 
 

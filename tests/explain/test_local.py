@@ -6,6 +6,8 @@ from rayinterp import embedded
 from rayinterp.config import LLMConfig
 from rayinterp.explain.client import LLMRequest
 from rayinterp.explain.local import LocalLLM, characters_per_rule
+from rayinterp.scorers.intruder import parse_choice
+from rayinterp.scorers.judged import verdicts_form
 
 MESSAGES = ({"role": "user", "content": "Name two kinds of trees as JSON with activates_on and strength."},)
 
@@ -44,3 +46,11 @@ def test_rules_are_as_long_as_the_answer_has_room_for():
 def test_a_structured_answer_may_be_cut_off(llm):
     reply = llm.generate(LLMRequest("local", "m", MESSAGES, 1.5, 8, 1, 3))
     assert reply.finish_reason == "length" and reply.text.startswith('[{"activates_on": "')
+
+
+def test_a_judges_answer_keeps_to_its_form(llm):
+    request = LLMRequest("local", "m", MESSAGES, 0.0, 60, 1)
+    verdicts = llm.generate(request._replace(answer_schema=json.dumps(verdicts_form(4).schema)))
+    assert verdicts.finish_reason == "stop" and verdicts_form(4).parse(verdicts.text) is not None
+    choice = llm.generate(request._replace(answer_schema=json.dumps({"enum": [1, 2, 3]})))
+    assert choice.finish_reason == "stop" and parse_choice(choice.text, 3) is not None

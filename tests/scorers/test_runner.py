@@ -47,15 +47,22 @@ def strongest(description: str, text: str) -> float:
 class Fakes:
     """Picklable: an LLM that knows what planted rules mean, a model that reads texts, and a bill of what is asked."""
 
-    def __init__(self, bill: Path, fails: str = "", mumbles: str = ""):
-        self.bill, self.fails, self.mumbles = bill, fails, mumbles
-        """Features on which calls fail, and on which answers do not parse."""
+    def __init__(self, bill: Path, fails: str = "", mumbles: str = "", tried: Path | None = None):
+        """
+        Args:
+            fails, mumbles: Features on which calls fail, and on which answers do not parse.
+            tried: Takes the features on which they failed.
+        """
+        self.bill, self.fails, self.mumbles, self.tried = bill, fails, mumbles, tried
 
     def __call__(self, config, tables, committer, name, key):
         return Services(self.generate, self.losses)
 
     async def generate(self, request, feature_key):
         if re.fullmatch(self.fails, feature_key):
+            if self.tried:
+                with self.tried.open("a") as file:
+                    file.write(feature_key + "\n")
             raise LLMError("APITimeoutError from m", True)
         with self.bill.open("a") as file:
             file.write(request.hash + "\n")
@@ -122,8 +129,8 @@ def test_what_explains_a_planted_feature_scores_1_and_controls_do_not(copied, tm
             shuffled = values(tables, config, scorer, source, "shuffled", "right")
             assert shuffled.keys() == controls.keys() and np.mean(list(shuffled.values())) < 0.75
         assert values(tables, config, "intruder", source) == {f"planted/{n}": 1.0 for n in range(3)}
-    assert counts["detection ok"] and counts["intruder wide"] and counts["detection parse_error"]
-    rows = tables.read("scores", where="scorer = 'detection' and status = 'parse_error'").to_pylist()
+    assert counts["detection ok"] and counts["intruder wide"] and counts["detection no_explanation"]
+    rows = tables.read("scores", where="scorer = 'detection' and status = 'no_explanation'").to_pylist()
     assert {(row["feature_key"], row["num_unparsed"]) for row in rows} == {("planted/2", None)}  # the explainer's
 
     paid = (tmp_path / "bill").read_text().split()
@@ -167,6 +174,16 @@ def test_a_failed_call_is_a_row_and_is_made_good_by_the_next_run(copied, tmp_pat
     assert [one for one in after if one["explainer"] != arm] == before
 
 
+def test_an_llm_that_answers_nobody_is_given_up_after_a_few_features(copied, tmp_path, monkeypatch):
+    monkeypatch.setattr("rayinterp.scorers.runner.MAX_FAILURES", 2)
+    tried = tmp_path / "tried"
+    services = Fakes(tmp_path / "bill", fails=".*", tried=tried)
+    counts, tables, _ = score(copied, services, ASKS[2], "resources.searches_per_actor=1")
+    assert counts == {"intruder llm_error": 3 * 3}
+    assert len(set(tried.read_text().split())) == 2
+    assert not tables.count("scores", "value is not null")
+
+
 def test_answers_that_do_not_parse_are_counted(copied, tmp_path):
     _, tables, _ = score(copied, Fakes(tmp_path / "bill", mumbles="planted/0"), *ASKS)
     for scorer, num in (("detection", 60), ("fuzzing", 20), ("intruder", 10)):
@@ -188,6 +205,10 @@ def test_a_budget_leaves_the_rest_for_later(copied, tmp_path):
     )
     found = values(tables, config, "intruder", "random_negative")
     assert sorted(found.values(), key=str) == [1.0, None, None]
+    # What was paid for is graded by other settings though nothing is left to spend.
+    _, tables, config = score(copied, Fakes(bill), ASKS[2], *DOLLAR, "score.num_bootstrap=9", over_budget=lambda u: "x")
+    assert values(tables, config, "intruder", "random_negative") == found
+    assert tables.count("scores", "status = 'no_budget'") == 2 * 3
     counts, tables, config = score(copied, Fakes(bill), ASKS[2], *DOLLAR)
     assert set(values(tables, config, "intruder", "random_negative").values()) == {1.0}
     assert not any("no_budget" in name for name in counts)
@@ -196,7 +217,7 @@ def test_a_budget_leaves_the_rest_for_later(copied, tmp_path):
 
 
 def test_max_calls_reaches_the_first_features_only(copied, tmp_path):
-    # 30 questions of the first feature at most, each asked twice at most.
+    # Ten intruders of each of three sources, each asked about twice at most.
     limited = (*ASKS[2:], "llms.knows.max_calls=110")
     for _ in range(2):
         _, tables, config = score(copied, Fakes(tmp_path / "bill"), *limited)

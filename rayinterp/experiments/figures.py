@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import fsspec
 import matplotlib as mpl
@@ -26,7 +27,7 @@ PANEL_SIZE = (5.2, 3.7)
 MAX_COLUMNS = 2
 LONG_LABELS = 40
 """Characters of all x labels of a panel from which they are written aslant."""
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,

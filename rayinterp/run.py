@@ -48,6 +48,7 @@ from rayinterp.index import run_index
 from rayinterp.plan import by_stage, plan_run
 from rayinterp.preflight import Prepared, prepare
 from rayinterp.progress import Progress, silent
+from rayinterp.rating import run_complexity, unrated
 from rayinterp.records import run_records
 from rayinterp.report import write_report
 from rayinterp.rule_negatives import add_rule_negatives
@@ -280,7 +281,10 @@ def score(run: Run, progress: Progress, meter: Meter) -> dict[str, int]:
         add_rule_negatives(run.config, run.tables, plan_score(run.config, run.tables, explainers).explanations())
     plan = plan_score(run.config, run.tables, explainers)  # with the records that were added
     committer = start_committer(run.tables) if plan.blocks else None
-    deploy(run, {simulator for simulator, _ in plan.blocks}, set())
+    rater = run.config.score.complexity.simulator
+    asked = {simulator for simulator, _ in plan.blocks}
+    deploy(run, asked | ({rater} if rater and unrated(run.config, run.tables, explainers) else set()), set())
+    run_complexity(run.config, run.tables, explainers)
     return run_score(run.config, run.tables, plan, committer, progress)
 
 

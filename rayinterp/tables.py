@@ -272,6 +272,16 @@ SCHEMAS: dict[str, pa.Schema] = {
             _field("settings", pa.string(), "What else it depends on; where that has changed it is made again."),
         ]
     ),
+    "complexity": pa.schema(
+        [
+            *_FEATURE,
+            _field("explainer", pa.string(), "Explainer arm, name@hash."),
+            _field("simulator", pa.string(), "Simulator arm that it depends on, name@hash; empty where on none."),
+            _field("measure", pa.string(), "num_rules, num_words, num_rules_95, rule_removal, rule_overlap, rating."),
+            _field("value", pa.float64(), "The measure; null where undefined."),
+            _field("status", pa.string(), "ok, or why there is no value."),
+        ]
+    ),
     "predictions": pa.schema(
         [
             _field("feature_key", pa.string(), "Printed feature id."),
@@ -302,6 +312,7 @@ KEYS: dict[str, list[str]] = {
     "llm_calls": ["request_hash"],
     "test_records": ["feature_key", "sequence_id"],
     "scores": ["feature_key", "explainer", "control", "simulator", "scorer", "source", "split"],
+    "complexity": ["feature_key", "explainer", "simulator", "measure"],
     "predictions": ["feature_key", "explainer", "simulator", "split", "source", "sequence_id"],
 }
 

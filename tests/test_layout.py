@@ -13,8 +13,8 @@ ORDER = [
     "errors", "progress", "config", "pools", "tables", "explanation", "embedded", "prompts", "simulate.simulator",
     "usage", "plan", "plan_table",
     "hook_points", "saes", "subject", "planted", "documents", "corpus", "postings", "harvest", "nearest", "projection",
-    "sources", "index", "sizes", "records", "retrieve", "holistic", "score", "controls", "simulate", "explain",
-    "rule_negatives", "grade_plan", "grade",
+    "sources", "index", "sizes", "records", "retrieve", "holistic", "score", "complexity", "controls", "simulate",
+    "explain", "rule_negatives", "grade_plan", "grade", "rating",
     "report_data", "report_cards", "report", "show", "preflight", "run", "tune", "cli",
 ]  # fmt: skip
 """Each module may import from those before it."""

@@ -293,3 +293,25 @@ async def test_a_service_grows_from_nothing_with_demand_and_goes_away_without_it
     watching.cancel()
     assert max(trace) == 2 and trace[0] == 0
     serve.delete(app)
+
+
+async def test_a_replica_rates_in_the_thread_that_simulates(tmp_path):
+    arm = tiny_config(tmp_path / "model")
+    replica = SimulatorReplica("tiny", arm)
+    handle = SimpleNamespace(answer=SimpleNamespace(remote=replica.answer), rate=SimpleNamespace(remote=replica.rate))
+    a_client = tiny_client(tmp_path / "run", arm, handle, local_committer(Tables(str(tmp_path / "run"))))
+    texts = ["ships", "the word 'ago'"]
+    rated, _ = await asyncio.gather(a_client.rate(texts), a_client.remembering()(CANDIDATE))
+    engine = replica._engine
+    for one, two in zip(rated, engine.rate(texts), strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-6)
+
+    def fails(texts):
+        raise RuntimeError("device lost")
+
+    replica._engine = SimpleNamespace(rate=fails)
+    for _ in range(3):
+        with pytest.raises(EngineError, match="device lost"):
+            await replica.rate(texts)
+    with pytest.raises(RuntimeError, match="3 times in a row"):
+        replica.check_health()

@@ -528,6 +528,12 @@ ScorerConfig = Annotated[
 ]
 
 
+class ComplexityConfig(_Section):
+    simulator: str | None = None
+    """Simulator arm (`engine: transformers`) whose LLM rates how abstract every rule is; null leaves the rating out.
+    The other measures are always there."""
+
+
 class ScoreConfig(_Section):
     simulators: tuple[str, ...]
     """Simulator arms that grade every explanation on test."""
@@ -540,6 +546,8 @@ class ScoreConfig(_Section):
     explanations are graded on (source `rule_negative`); 0 leaves the source out."""
     num_shuffled: int = Field(default=3, ge=0)
     """Other features whose explanations are graded on a feature as the shuffled control."""
+    complexity: ComplexityConfig = ComplexityConfig()
+    """How complex explanations are, beside how good."""
 
 
 class StageResources(_Section):
@@ -669,6 +677,14 @@ class RunConfig(_Section):
                         f"score.scorers.{name}.simulator is {scorer.simulator!r}, which gives no losses of texts; name "
                         "a simulator whose engine is transformers"
                     )
+        if (rater := self.score.complexity.simulator) is not None:
+            _must_exist("score.complexity.simulator", rater, self.simulators)
+            engine = self.simulators[rater].engine
+            if engine != "transformers":
+                raise ValueError(
+                    f"score.complexity.simulator is {rater!r}, whose engine is {engine}; a rating is read from the "
+                    "logits of an LLM: name an arm with engine transformers, or null for no rating"
+                )
         return self
 
     @model_validator(mode="after")

@@ -14,6 +14,7 @@ import numpy as np
 import ray
 
 from rayinterp import rule_negatives
+from rayinterp.complexity import complexity_rows, measure_predictions
 from rayinterp.config import LLMSimulatorConfig, RunConfig, arm_id
 from rayinterp.controls import TokenLookupSimulator
 from rayinterp.grade_plan import FeatureWork, ScorePlan, graded_sources, score_row, unscored_rows
@@ -39,6 +40,7 @@ class Graded(NamedTuple):
 
     scores: list[dict[str, Any]]
     predictions: list[dict[str, Any]]
+    complexity: list[dict[str, Any]]
 
 
 def grade(
@@ -46,13 +48,15 @@ def grade(
     simulator: str,
     records: dict[str, list[ActivationRecord]],
     simulated: dict[str, list[np.ndarray]],
+    on_valid: dict[str, list[np.ndarray]],
     config: RunConfig,
 ) -> Graded:
-    """Scores of a feature's explanations and controls under each complementary source.
+    """Scores of a feature's explanations and controls under each complementary source, and complexity on valid.
 
     Args:
-        records: Train (for the token lookup) and test.
+        records: Train (for the token lookup), valid and test.
         simulated: Prediction of every rule of `work` for every test record.
+        on_valid: Prediction of every rule of its explanations for every valid record.
     """
     test = records["test"]
     explained = {name: combine(e, [simulated[r.activates_on] for r in e]) for name, e in work.explanations.items()}
@@ -88,7 +92,14 @@ def grade(
         for explainer, predicted in explained.items()
         for record, values in zip(test, predicted, strict=True)
     ]
-    return Graded([{**row, "settings": work.settings} for row in scores], kept)
+    complexity = [
+        row
+        for explainer, explanation in work.explanations.items()
+        for row in complexity_rows(
+            work.feature, explainer, simulator, measure_predictions(explanation, records["valid"], on_valid)
+        )
+    ]
+    return Graded([{**row, "settings": work.settings} for row in scores], kept, complexity)
 
 
 def _score_rows(
@@ -170,33 +181,39 @@ def grade_block(block: list[FeatureWork], simulator: str, config: RunConfig, tab
     arm = config.simulators[simulator]
     client = SimulatorClient(simulator, config, tables, committer)
     max_records = arm.max_records if isinstance(arm, LLMSimulatorConfig) else None
-    loaded = [load_records(tables, work.feature, ("train", "test")) for work in block]
+    loaded = [load_records(tables, work.feature, ("train", "valid", "test")) for work in block]
     called_for = rule_negatives.load_rule_negatives(tables, [work.feature for work in block])
     for work, records in zip(block, loaded, strict=True):
         test = records["test"] + (called_for[work.feature] if config.score.num_rule_negatives else [])
         records["test"] = first_of_each_source(test, max_records)
+        records["valid"] = first_of_each_source(records["valid"], max_records)
 
-    async def simulate(work: FeatureWork, test: list[ActivationRecord]) -> dict[str, list[np.ndarray]]:
-        sequences = tuple(dict.fromkeys(record.sequence for record in test))
-        rules = work.rules()
+    async def simulate(rules: list[str], on: list[ActivationRecord]) -> dict[str, list[np.ndarray]]:
+        sequences = tuple(dict.fromkeys(record.sequence for record in on))
+        if not sequences:
+            return {rule: [] for rule in rules}
         predictions = await client.remembering()([RuleRequest(rule, sequences) for rule in rules])
         place = {sequence: index for index, sequence in enumerate(sequences)}
         return {
-            rule: [of_rule[place[record.sequence]] for record in test]
+            rule: [of_rule[place[record.sequence]] for record in on]
             for rule, of_rule in zip(rules, predictions, strict=True)
         }
 
     async def simulate_all() -> list[dict[str, list[np.ndarray]]]:
-        return await asyncio.gather(*(simulate(w, r["test"]) for w, r in zip(block, loaded, strict=True)))
+        asked = [
+            simulate(rules, records[split])
+            for work, records in zip(block, loaded, strict=True)
+            for split, rules in (("test", work.rules()), ("valid", work.own_rules()))
+        ]
+        return await asyncio.gather(*asked)
 
-    scores: list[dict[str, Any]] = []
-    predictions: list[dict[str, Any]] = []
+    simulated = asyncio.run(simulate_all())
     name = arm_id(simulator, arm)
-    for work, records, simulated in zip(block, loaded, asyncio.run(simulate_all()), strict=True):
-        graded = grade(work, name, records, simulated, config)
-        scores += graded.scores
-        predictions += graded.predictions
-    return Graded(scores, predictions)
+    graded = [
+        grade(*one, config)
+        for one in zip(block, [name] * len(block), loaded, simulated[::2], simulated[1::2], strict=True)
+    ]
+    return Graded(*([row for of_feature in rows for row in of_feature] for rows in zip(*graded, strict=True)))
 
 
 def run_score(
@@ -219,12 +236,13 @@ def run_score(
         graded = ray.get(ready)
         # Scores go last: they mark the features as finished.
         tables.append("predictions", graded.predictions)
+        tables.append("complexity", graded.complexity)
         _replace_scores(tables, graded.scores)
         done += waiting.pop(ready)
         progress(done, total)
     if plan.blocks:
         ray.get(committer.flush.remote())
-        for table in ("scores", "predictions", "simulations"):
+        for table in ("scores", "complexity", "predictions", "simulations"):
             tables.finish(table)
     statuses = tables.read("scores", ["status"], "control = '' and scorer = 'correlation'")["status"].to_pylist()
     return {status: statuses.count(status) for status in sorted(set(statuses))}

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+from rayinterp.complexity import OF_PREDICTIONS
 from rayinterp.config import LLMSimulatorConfig, RunConfig, arm_id
 from rayinterp.controls import shuffled_features
 from rayinterp.explanation import Explanation, from_json
@@ -32,6 +33,10 @@ class FeatureWork(NamedTuple):
     """By explainer arm id."""
     shuffled: dict[str, list[Explanation]]
     """Explanations of other features, by explainer arm id."""
+
+    def own_rules(self) -> list[str]:
+        """Those of the feature's explanations, which are simulated on valid records too."""
+        return list(dict.fromkeys(rule.activates_on for e in self.explanations.values() for rule in e))
 
     def rules(self) -> list[str]:
         """Every rule to be simulated, once."""
@@ -65,7 +70,8 @@ def plan_score(config: RunConfig, tables: Tables, explainers: list[str]) -> Scor
     for simulator in config.score.simulators:
         work, unscored = plan_grading(config, tables, simulator, explainers)
         finished = _finished(config, tables, simulator)
-        left = [w for w in work if not {(str(w.feature), e) for e in w.explanations} <= finished]
+        complete = finished & _measured(config, tables, simulator)
+        left = [w for w in work if not {(str(w.feature), e) for e in w.explanations} <= complete]
         plan.blocks.extend((simulator, left[i : i + BLOCK]) for i in range(0, len(left), BLOCK))
         plan.unscored.extend(row for row in unscored if (row["feature_key"], row["explainer"]) not in finished)
         plan = plan._replace(num_finished=plan.num_finished + len(work) - len(left))
@@ -84,7 +90,8 @@ def plan_grading(
     pairs_left = llm.max_pairs if llm else None
     num_nulls = len(NULL_EXPLANATIONS) if llm and llm.calibration != "none" else 0
     called_for = count_rule_negatives(config, tables)
-    num_records = count_test_records(tables, called_for, llm.max_records if llm else None)
+    num_records = count_records(tables, "test", called_for, llm.max_records if llm else None)
+    num_valid = count_records(tables, "valid", Counter(), llm.max_records if llm else None)
     by_feature = read_explained(tables, explainers)
     work: list[FeatureWork] = []
     unscored: list[dict[str, Any]] = []
@@ -104,6 +111,7 @@ def plan_grading(
         one = FeatureWork(feature, settings_of(config, called_for[str(feature)]), explained.explanations, shuffled)
         if pairs_left is not None:
             pairs_left -= (len(one.rules()) + num_nulls) * num_records[str(feature)]
+            pairs_left -= (len(one.own_rules()) + num_nulls) * num_valid[str(feature)]
         if pairs_left is not None and pairs_left < 0:
             for explainer in explained.explanations:
                 leave_out(feature, explainer, "no_budget")
@@ -154,12 +162,12 @@ def read_explained(tables: Tables, explainers: list[str]) -> dict[FeatureId, Exp
     return by_feature
 
 
-def count_test_records(
-    tables: Tables, rule_negatives: Counter[str], max_records: int | None, silent_alone: bool = False
+def count_records(
+    tables: Tables, split: str, rule_negatives: Counter[str], max_records: int | None, silent_alone: bool = False
 ) -> Counter[str]:
-    """Test records by feature, at most `max_records` of each source; without positives where `silent_alone`."""
+    """Records of a split by feature, at most `max_records` of each source; without positives where `silent_alone`."""
     counts: Counter[str] = Counter()
-    where = "split = 'test' and source != 'positive'" if silent_alone else "split = 'test'"
+    where = f"split = '{split}'" + (" and source != 'positive'" if silent_alone else "")
     for row in tables.read("record_counts", ["feature_key", "found"], where).to_pylist():
         counts[row["feature_key"]] += row["found"] if max_records is None else min(row["found"], max_records)
     counts.update({key: n if max_records is None else min(n, max_records) for key, n in rule_negatives.items()})
@@ -229,3 +237,11 @@ def _finished(config: RunConfig, tables: Tables, simulator: str) -> set[tuple[st
         if row["settings"] == settings_of(config, called_for[row["feature_key"]]):
             under.setdefault((row["feature_key"], row["explainer"]), set()).add(row["source"])
     return {pair for pair, found in under.items() if found >= set(sources)}
+
+
+def _measured(config: RunConfig, tables: Tables, simulator: str) -> set[tuple[str, str]]:
+    """(feature, explainer) whose complexity was measured with the simulator."""
+    arm = arm_id(simulator, config.simulators[simulator])
+    where = f"simulator = '{arm}' and measure = '{OF_PREDICTIONS[-1]}'"
+    rows = tables.read("complexity", ["feature_key", "explainer"], where).to_pylist()
+    return {(row["feature_key"], row["explainer"]) for row in rows}

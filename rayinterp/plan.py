@@ -602,7 +602,7 @@ def grading(config: RunConfig, sizes: Sizes, name: str) -> Graded:
     records = sum(int(min(count, most)) for count in per_source)
     rules_each = [a.rule_cap if isinstance(a, LexicalConfig) or a.structured else 1 for a in arms.values()]
     rules = sum(rules_each) * (1 + config.score.num_shuffled) + len(CONTROL_NULLS) + num_nulls(arm)
-    pairs = features * rules * records
+    pairs = features * (rules * records + (sum(rules_each) + num_nulls(arm)) * _on_valid(config, most))
     if isinstance(arm, LLMSimulatorConfig) and arm.max_pairs is not None:
         pairs = _smallest(pairs, arm.max_pairs)
     num_sources = len(config.records.complementary) + bool(config.score.num_rule_negatives)
@@ -668,6 +668,13 @@ def scoring(config: RunConfig, sizes: Sizes) -> Scored:
             model = sizes.model(f"simulators.{scorer.simulator}.model")
             tokens, flops = tokens + read, flops + 2 * (model.num_params + model.head_params) * read
     return Scored(calls, tokens, flops, num_rows)
+
+
+def _on_valid(config: RunConfig, most: float) -> int:
+    """Valid records of one feature, on which complexity is measured."""
+    quota = config.records.valid
+    counts = [quota.positive, *[quota.complementary] * len(config.records.complementary)]
+    return sum(int(min(count, most)) for count in counts)
 
 
 def plan_score(config: RunConfig, sizes: Sizes) -> StagePlan:

@@ -95,6 +95,36 @@ def rating_lines(ratings: tuple[tuple[str, int | None], ...]) -> str:
     return "\n".join(f"{token}\t{UNKNOWN if rating is None else rating}" for token, rating in ratings)
 
 
+# Rater: how abstract a rule is.
+
+_ABSTRACTNESS_TASK = """\
+A detector inside a language model responds to some words of a text. Each line below holds a description of what it \
+responds to and, after a tab, a rating from 0 to 5 of how abstract the description is: 0 if it names the very words, \
+1 for forms of one word, 2 for a short list or a kind of thing that can be pointed at, 3 for a topic, 4 for a role or \
+relation that depends on the sentence, 5 for a notion that no list of words would cover. Ratings that are not known \
+are written as unknown."""
+
+ABSTRACTNESS_EXAMPLES: tuple[tuple[str, int], ...] = (
+    ("the word 'bread'", 0),
+    ("doubt that is hinted at and never spoken", 5),
+    ("kinds of trees", 2),
+    ("the one who receives something in an exchange", 4),
+    ("forms of the verb 'carry'", 1),
+    ("trade between countries", 3),
+    ("the comma", 0),
+    ("a promise that the speaker does not mean to keep", 5),
+)
+"""Descriptions with their ratings, every rating at least once and in no order."""
+
+
+def abstractness_messages() -> list[Message]:
+    """The task, and the lines with which the answer begins; the description to be rated is its next line."""
+    return [
+        {"role": "user", "content": f"{_ABSTRACTNESS_TASK}\n\nDescriptions and ratings:"},
+        {"role": "assistant", "content": rating_lines(ABSTRACTNESS_EXAMPLES)},
+    ]
+
+
 # Explainer: says in words what a feature fires on.
 
 _EXPLAINER_TASK = """\

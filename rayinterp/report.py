@@ -20,7 +20,7 @@ from rayinterp.config import RunConfig
 from rayinterp.errors import UserError
 from rayinterp.explanation import from_json, render
 from rayinterp.plan_table import dollars, duration, gpu_hours
-from rayinterp.report_cards import Cards, natural_key, read_run, visible
+from rayinterp.report_cards import MEASURE_WORDS, Cards, natural_key, read_run, visible
 from rayinterp.report_data import (
     CONTROLS,
     FEW_FEATURES,
@@ -29,6 +29,7 @@ from rayinterp.report_data import (
     ArmSummary,
     CascadeSummary,
     Comparison,
+    ComplexityTable,
     Order,
     Score,
     ScoreBook,
@@ -39,6 +40,7 @@ from rayinterp.report_data import (
     arm_summaries,
     cascade_summaries,
     comparisons,
+    complexity_table,
     cost_rows,
     number,
     order_of,
@@ -88,6 +90,7 @@ class Summary(NamedTuple):
     comparisons: list[Comparison]
     agreements: list[Agreement]
     cascades: list[CascadeSummary]
+    complexity: ComplexityTable
     searches: list[SearchSummary]
     bills: list[LlmBill]
     simulated_pairs: tuple[tuple[str, int], ...]
@@ -191,6 +194,7 @@ def summarise(tables: Mapping[str, pa.Table], book: ScoreBook, config: RunConfig
         comparisons(book, order, config),
         agreements(book, order),
         cascade_summaries(tables["candidates"], order, config),
+        complexity_table(tables["complexity"], order, config),
         search_summaries(tables["candidates"], explanations, order),
         llm_bills(tables["llm_calls"]),
         _counts(tables["simulations"]["simulator"]),
@@ -337,14 +341,15 @@ def _environment(order: Order) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    labels = arm_labels(order.explainers) | arm_labels(order.simulators) | arm_labels(order.scorers)
+    labels = {"": ""} | arm_labels(order.explainers) | arm_labels(order.simulators) | arm_labels(order.scorers)
     environment.filters |= {
-        "arm": lambda arm: labels.get(arm, arm.replace("_", " ")),
+        "arm": lambda arm: labels.get(arm, arm.partition("@")[0].replace("_", " ")),
         "dollars": dollars,
         "duration": duration,
         "fixed": fixed,
         "gpu_hours": gpu_hours,
         "interval": interval,
+        "measure": MEASURE_WORDS.__getitem__,
         "reason": reason,
         "visible": visible,
     }

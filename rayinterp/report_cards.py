@@ -1,6 +1,6 @@
 """One feature on one card: what was said of it, how well that predicts it, and the records that show it.
 
-    features, record_counts, explanations, candidates, scores, records, test_records, predictions -> Card
+    features, record_counts, explanations, candidates, scores, complexity, records, test_records, predictions -> Card
 
 A card is plain values that the HTML report and the terminal draw each in their way. `CardReader` reads every table
 once and hands out one feature at a time. Text stays raw here; escaping is the business of whoever draws it.
@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
+from rayinterp.complexity import MEASURES, RATING
 from rayinterp.explanation import MAX_STRENGTH, Explanation, from_json
 from rayinterp.report_data import (
     CONTROLS,
@@ -38,7 +39,15 @@ _PICTURES = {**{code: 0x2400 + code for code in range(32)}, 9: "⇥", 10: "⏎",
 _PICTURES |= dict.fromkeys(range(128, 160), "�")
 
 
-_ROWS_BY_FEATURE = ("record_counts", "explanations", "candidates", "records", "test_records", "predictions")
+_ROWS_BY_FEATURE = (
+    "record_counts",
+    "explanations",
+    "candidates",
+    "records",
+    "test_records",
+    "predictions",
+    "complexity",
+)
 
 
 class Span(NamedTuple):
@@ -98,6 +107,8 @@ class ExplanationView(NamedTuple):
     num_candidates: int
     cost_usd: float | None
     scores: list[ScoreRow]
+    complexity: str
+    """Its measures on one line; empty where there are none."""
     nodes: list[NodeView]
 
 
@@ -142,6 +153,28 @@ def spans(tokens: list[str], activations: np.ndarray) -> tuple[Span, ...]:
     return tuple(joined)
 
 
+def complexity_line(measures: Iterable[Mapping[str, Any]]) -> str:
+    """Rows of `complexity` of one explanation, for people: what takes no simulator, then each simulator's."""
+    by_simulator: dict[str, list[str]] = {}
+    for row in sorted(measures, key=lambda row: (row["simulator"], MEASURES.index(row["measure"]))):
+        value = number(row["value"])
+        if value is not None:
+            digits = 0 if row["measure"].startswith("num_") else 1 if row["measure"] == RATING else 2
+            words = MEASURE_WORDS[row["measure"]]
+            by_simulator.setdefault(row["simulator"].partition("@")[0], []).append(f"{words} {value:.{digits}f}")
+    return "; ".join(f"{', '.join(said)}{f' ({name})' if name else ''}" for name, said in by_simulator.items())
+
+
+MEASURE_WORDS = {
+    "num_rules": "rules",
+    "num_words": "words",
+    "num_rules_95": "rules that will do",
+    "rule_removal": "fall without a rule",
+    "rule_overlap": "overlap",
+    "rating": "abstractness",
+}
+
+
 def natural_key(feature_key: str) -> list[int | str]:
     """Sorts layer_9/47 before layer_10/2."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", feature_key)]
@@ -177,6 +210,7 @@ def read_run(tables: Tables, where: str | None = None, max_records: int | None =
         "records": read("records", "split = 'test'", f"rank < {max_records}" if max_records else None, where),
         "test_records": read("test_records", where),
         "predictions": read("predictions", "split = 'test'", where),
+        "complexity": read("complexity", where),
     }
 
 
@@ -226,6 +260,7 @@ class Cards:
     def _explanations(self, key: str) -> list[ExplanationView]:
         rows = self._rows["explanations"].rows(key)
         candidates = self._rows["candidates"].rows(key)
+        measures = self._rows["complexity"].rows(key)
         rows.sort(key=lambda row: self._order.explainers.index(row["explainer"]))
         return [
             ExplanationView(
@@ -237,6 +272,7 @@ class Cards:
                 row["num_candidates"],
                 number(row["cost_usd"]),
                 self._score_rows(key, row["explainer"]),
+                complexity_line(m for m in measures if m["explainer"] == row["explainer"]),
                 self._nodes([n for n in candidates if _search(n) == _search(row)], row["explanation"]),
             )
             for row in rows

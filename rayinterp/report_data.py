@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from scipy.stats import spearmanr
 
+from rayinterp.complexity import MEASURES
 from rayinterp.config import RunConfig
 from rayinterp.score import Interval, mean_interval
 from rayinterp.scorers.values import METHODS, chance_level
@@ -60,6 +61,9 @@ REASONS = {
     "pruned": "left out after a cheaper simulator's look",
     "not_explained": "no explainer has run on it",
     "not_graded": "not graded with this simulator",
+    "one_rule": "one rule has no other beside it",
+    "not_positive": "a correlation that is not above zero",
+    "silent": "no two rules predict anything",
     "not_finite": "a prediction that is no number",
     "wide": "few records, so a wide interval",
 }
@@ -174,6 +178,15 @@ class Agreement(NamedTuple):
     correlation: Interval
     reason: str
     """Why there is no correlation; empty where there is one."""
+
+
+class ComplexityTable(NamedTuple):
+    """Means of every measure of complexity, by SAE and explainer."""
+
+    columns: list[tuple[str, str]]
+    """Measure, and the simulator that it depends on; empty where on none."""
+    rows: list[tuple[str, str, tuple[Interval, ...]]]
+    """SAE, explainer, and a mean for each column over the explanations for which it is defined."""
 
 
 class CascadeSummary(NamedTuple):
@@ -349,6 +362,29 @@ def agreements(book: ScoreBook, order: Order) -> list[Agreement]:
                 if a.keys() & b.keys():
                     rows.append(Agreement(first, second, explainer, source, *_agree(*_paired(a, b))))
     return rows
+
+
+def complexity_table(complexity: pa.Table, order: Order, config: RunConfig) -> ComplexityTable:
+    """The table `complexity`, averaged; undefined measures enter no mean."""
+    found: dict[tuple[str, str], dict[tuple[str, str], list[float]]] = {}
+    for row in complexity.select(["sae", "explainer", "measure", "simulator", "value"]).to_pylist():
+        values = found.setdefault((row["sae"], row["explainer"]), {})
+        values.setdefault((row["measure"], row["simulator"]), []).extend(
+            [] if number(row["value"]) is None else [row["value"]]
+        )
+    arms = _by_config({simulator for values in found.values() for _, simulator in values}, config.simulators)
+    there = {column for values in found.values() for column in values}
+    columns = [(measure, arm) for arm in arms for measure in MEASURES if (measure, arm) in there]
+    columns.sort(key=lambda column: column[1] != "")
+    return ComplexityTable(
+        columns,
+        [
+            (sae, arm, tuple(_mean(found[sae, arm].get(column, []), config) for column in columns))
+            for arm in order.explainers
+            for sae in sorted({sae for sae, _ in found})
+            if (sae, arm) in found
+        ],
+    )
 
 
 MIN_RANKED = 3

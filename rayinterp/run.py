@@ -50,6 +50,7 @@ from rayinterp.index import run_index
 from rayinterp.plan import by_stage, plan_run
 from rayinterp.preflight import Prepared, prepare
 from rayinterp.progress import Progress, silent
+from rayinterp.rating import run_complexity, unrated
 from rayinterp.records import run_records
 from rayinterp.report import write_report
 from rayinterp.rule_negatives import add_rule_negatives
@@ -289,12 +290,15 @@ def score(run: Run, progress: Progress, meter: Meter) -> dict[str, int]:
     scorers = plan_scorers(config, tables, explainers)
     arms = [config.score.scorers[one.name] for one in scorers if one.work]
     committer = start_committer(tables) if plan.blocks or arms else None
+    rater = config.score.complexity.simulator
+    raters = {rater} if rater and unrated(config, tables, explainers) else set()
     simulators = {arm.simulator for arm in arms if isinstance(arm, SurprisalConfig)}
     deploy(
         run,
-        {simulator for simulator, _ in plan.blocks} | simulators,
+        {simulator for simulator, _ in plan.blocks} | simulators | raters,
         {arm.llm for arm in arms if isinstance(arm, JudgeConfig)},
     )
+    run_complexity(config, tables, explainers)
     counts = run_score(config, tables, plan, committer, progress)
     usd = dollars_spent(tables)
     return counts | run_scorers(

@@ -288,36 +288,37 @@ def score_all(
 def _interval(
     name: str, value: float, error: float, resampled: Sequence[_Resampled]
 ) -> tuple[float, float] | tuple[None, None]:
-    """A symmetric studentised bootstrap interval (Hall 1988, On symmetric bootstrap confidence intervals; Davison and
-    Hinkley 1997, Bootstrap Methods and their Application, 5.2), with jackknife errors over documents.
+    """A studentised bootstrap interval with jackknife errors over documents.
 
-    Each resample says by how many of its own standard errors it misses the whole; 95 % of them miss by less than what
-    the interval reaches to either side. (Quantiles of the resampled values themselves are too narrow: a few documents
-    hold most of what fires.) Correlations are compared on Fisher's scale and AUROCs on the logistic one, where an error
-    depends less on the value.
+    Davison and Hinkley 1997, Bootstrap Methods and their Application, 5.2.
+
+    Each resample says by how many of its own standard errors it misses the whole. For most scorers 95 % of them miss by
+    less than what the interval reaches to either side (Hall 1988, On symmetric bootstrap confidence intervals). The
+    interval of an AUROC, which stands close to its largest value, must reach further down: each side has its 2.5 %.
+    Correlations are compared on Fisher's scale, where an error depends less on the value. (Quantiles of the resampled
+    values themselves are too narrow: a few documents hold most of what fires.)
     """
     if not resampled:
         return None, None
     if error < NO_DOUBT:
         return float(value), float(value)
-    scale, slope, back = _SCALES.get(name, _AS_IT_IS)
     values, errors = (np.concatenate(column) for column in zip(*resampled, strict=True))
+    on_fishers = name == "correlation"
     with np.errstate(divide="ignore", invalid="ignore"):
-        misses = np.abs(scale(values) - scale(value)) / (slope(values) * errors)
+        if on_fishers:
+            errors, error = errors / (1 - values * values), error / (1 - value * value)
+            values, value = np.arctanh(values), np.arctanh(value)
+        misses = (values - value) / errors
     # A resample of documents that all agree has no error to compare with.
     misses = misses[np.isfinite(misses) & (errors >= NO_DOUBT)]
     if not len(misses):
         return None, None
-    reach = np.quantile(misses, 0.95) * slope(value) * error
-    return float(back(scale(value) - reach)), float(min(back(scale(value) + reach), 1.0))
-
-
-_AS_IT_IS = (lambda v: v, lambda v: np.ones_like(v), lambda v: v)
-_SCALES = {
-    "correlation": (np.arctanh, lambda v: 1 / (1 - v * v), np.tanh),
-    "auroc": (lambda v: np.log(v / (1 - v)), lambda v: 1 / (v * (1 - v)), lambda v: 1 / (1 + np.exp(-v))),
-}
-"""Of a scorer: the scale on which it is compared, how fast that changes with the value, and the way back."""
+    if name == "auroc":
+        up, down = np.quantile(misses, (0.025, 0.975))
+        return float(max(value - max(down, 0) * error, 0)), float(min(value - min(up, 0) * error, 1))
+    reach = np.quantile(np.abs(misses), 0.95) * error
+    low, high = value - reach, value + reach
+    return (float(np.tanh(low)), float(np.tanh(high))) if on_fishers else (float(low), float(min(high, 1)))
 
 
 def undefined_because(true: np.ndarray, predicted: np.ndarray) -> str:

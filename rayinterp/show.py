@@ -141,6 +141,8 @@ def _draw(card: Card, labels: dict[str, str], console: Console) -> None:
         found = f"train {fixed(said.train)}, valid {fixed(said.valid)}, {said.num_candidates or 0} candidates"
         winner = next((node for node in said.nodes if node.is_winner), None)
         console.print(Text(found + (f"; node {winner.node} ({winner.kind}) won" if winner else ""), "dim"))
+        if said.complexity:
+            console.print(Text(f"complexity: {said.complexity}", "dim"))
         if said.scores:
             console.print(_scores(said, labels))
     for group in card.groups:

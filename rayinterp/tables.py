@@ -298,6 +298,16 @@ SCHEMAS: dict[str, pa.Schema] = {
             _field("num_undefined", pa.int32(), "Features without a value."),
         ]
     ),
+    "complexity": pa.schema(
+        [
+            *_FEATURE,
+            _field("explainer", pa.string(), "Explainer arm, name@hash."),
+            _field("simulator", pa.string(), "Simulator arm that it depends on, name@hash; empty where on none."),
+            _field("measure", pa.string(), "num_rules, num_words, num_rules_95, rule_removal, rule_overlap, rating."),
+            _field("value", pa.float64(), "The measure; null where undefined."),
+            _field("status", pa.string(), "ok, or why there is no value."),
+        ]
+    ),
     "predictions": pa.schema(
         [
             _field("feature_key", pa.string(), "Printed feature id."),
@@ -329,6 +339,7 @@ KEYS: dict[str, list[str]] = {
     "test_records": ["feature_key", "sequence_id"],
     "scores": ["feature_key", "explainer", "control", "simulator", "scorer", "source", "split"],
     "experiments": ["experiment", "simulator", "panel", "series", "x"],
+    "complexity": ["feature_key", "explainer", "simulator", "measure"],
     "predictions": ["feature_key", "explainer", "simulator", "split", "source", "sequence_id"],
 }
 

@@ -14,8 +14,8 @@ ORDER = [
     "usage", "plan", "plan_table",
     "hook_points", "saes", "subject", "planted_language", "planted",
     "documents", "corpus", "postings", "harvest", "nearest", "projection",
-    "sources", "index", "sizes", "records", "retrieve", "holistic", "score", "controls", "simulate", "explain",
-    "rule_negatives", "grade_plan", "grade", "scorers",
+    "sources", "index", "sizes", "records", "retrieve", "holistic", "score", "complexity", "controls", "simulate",
+    "explain", "rule_negatives", "grade_plan", "grade", "rating", "scorers",
     "report_data", "report_cards", "report", "experiments", "show", "preflight", "run", "tune", "cli",
 ]  # fmt: skip
 """Each module may import from those before it."""

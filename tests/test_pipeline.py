@@ -179,7 +179,7 @@ def test_a_source_without_records_has_a_row_that_says_so(planted_run):
     silent = [record.activations * 0 for record in records["test"]]
     simulated = dict.fromkeys((*CONTROL_NULLS, "words about ships and the sea"), silent)
     work = FeatureWork(feature, "settings", {"right@x": FEATURES[0].truth}, {})
-    rows = grade(work, "oracle@x", records, simulated, planted_run.config).scores
+    rows = grade(work, "oracle@x", {**records, "valid": []}, simulated, {}, planted_run.config).scores
     statuses = {(row["source"], row["status"]) for row in rows if row["explainer"] and row["scorer"] == "correlation"}
     assert statuses == {
         ("similar_negative", "no_records"),

@@ -15,7 +15,17 @@ import pytest
 from rayinterp.config import RunConfig, arm_id, parse_config, scorer_id
 from rayinterp.errors import UserError
 from rayinterp.report import Summary, fixed, index_rows, pair_table, panels, summarise, write_report
-from rayinterp.report_cards import Card, Cards, natural_key, read_run, shade, spans, tree_order, visible
+from rayinterp.report_cards import (
+    Card,
+    Cards,
+    complexity_line,
+    natural_key,
+    read_run,
+    shade,
+    spans,
+    tree_order,
+    visible,
+)
 from rayinterp.report_data import (
     Cost,
     Order,
@@ -114,6 +124,16 @@ def write_run(tables: Tables, config: RunConfig) -> None:
         ],
     )
     tables.append("scores", score_rows(config))
+    measures = {("", "num_rules"): (1.0, 3.0), ("", "num_words"): (4.0, 6.0), (late, "rule_overlap"): (0.25, None)}
+    tables.append(
+        "complexity",
+        [
+            {**identity(key), "explainer": tree, "simulator": simulator, "measure": measure, "value": value}
+            | {"status": "one_rule" if value is None else "ok"}
+            for (simulator, measure), values in measures.items()
+            for key, value in zip(live[:2], values, strict=True)
+        ],
+    )
     tokens, length = [" years", " ago", "\n", HOSTILE, "\t", "{{ 7 * 7 }}"], 6
     tables.append(
         "records",
@@ -579,3 +599,18 @@ def test_the_report_shows_what_was_spent(tmp_path: Path) -> None:
     cells = [re.sub("<[^>]+>", "", cell) for cell in re.findall(r"<td class=\"num.*?</td>", row)]
     assert cells[:5] == ["2.0 h", "5.0 min", "– unknown", "0.75", "1.25"]
     assert cells[6] == "1,234"
+
+
+def test_complexity_is_averaged_where_it_is_defined(summary: Summary, config: RunConfig) -> None:
+    table, late = summary.complexity, arm(config, "late")
+    assert table.columns == [("num_rules", ""), ("num_words", ""), ("rule_overlap", late)]
+    ((sae, explainer, means),) = table.rows
+    assert (sae, explainer) == ("layer_9", arm(config, "tree"))
+    assert [(mean.value, mean.n) for mean in means] == [(2.0, 2), (5.0, 2), (0.25, 1)]
+
+
+def test_a_card_says_how_complex_an_explanation_is_in_one_line(tables: Tables, config: RunConfig, page: Page) -> None:
+    assert complexity_line([]) == ""
+    measures = tables.read("complexity", where="feature_key = 'layer_9/1'").to_pylist()
+    assert complexity_line(measures) == "rules 1, words 4; overlap 0.25 (late)"
+    assert "complexity: rules 1, words 4; overlap 0.25 (late)" in page.cards["layer_9/1"]

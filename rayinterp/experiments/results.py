@@ -20,6 +20,7 @@ from rayinterp.experiments.design import RULE_CAPS, capped_name, template_of
 from rayinterp.explain.rows import arm_ids
 from rayinterp.explanation import from_json
 from rayinterp.grade_plan import graded_sources
+from rayinterp.rating import rater_id
 from rayinterp.report_data import CONTROLS, SCORER, ScoreBook, ScoreKey, score_book
 from rayinterp.score import Interval, mean_interval, share_interval
 from rayinterp.subject import FeatureId
@@ -109,7 +110,7 @@ def read_outcome(config: RunConfig, tables: Tables, simulator: str) -> Outcome:
     columns = ["feature_key", "explainer", "simulator", "measure", "value"]
     complexity: dict[tuple[str, str], dict[str, float | None]] = {}
     for row in tables.read("complexity", columns, sql_in("explainer", explainers.values())).to_pylist():
-        if row["simulator"] in ("", graded_by) or row["measure"] == "rating":
+        if row["simulator"] in ("", graded_by, rater_id(config)):
             complexity.setdefault((row["explainer"], row["measure"]), {})[row["feature_key"]] = row["value"]
     return Outcome(
         config,

@@ -76,7 +76,7 @@ def reopen(config: RunConfig, tables: Tables, over_budget: OverBudget) -> None:
         if FeatureId.parse(row["feature_key"]) in affordable or row["explainer"] not in with_llm:
             by_arm.setdefault(row["explainer"], []).append(row["feature_key"])
     for arm, keys in by_arm.items():
-        for table in ("scores", "predictions", "candidates", "explanations"):
+        for table in ("scores", "complexity", "predictions", "candidates", "explanations"):
             tables.delete(table, f"explainer = '{arm}' and {sql_in('feature_key', keys)}")
 
 

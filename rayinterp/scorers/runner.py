@@ -39,8 +39,8 @@ from rayinterp.explanation import Explanation, wording
 from rayinterp.grade import first_of_each_source
 from rayinterp.grade_plan import (
     Explained,
+    count_records,
     count_rule_negatives,
-    count_test_records,
     first_of_each_sae,
     graded_sources,
     read_explained,
@@ -110,7 +110,7 @@ def plan_scorer(config: RunConfig, tables: Tables, name: str, explainers: list[s
     scorer, arm = config.score.scorers[name], scorer_id(config, name)
     called_for = count_rule_negatives(config, tables)
     silent_alone = isinstance(scorer, IntruderConfig)
-    num_records = count_test_records(tables, called_for, scorer.max_records, silent_alone)
+    num_records = count_records(tables, "test", called_for, scorer.max_records, silent_alone)
     stands = _standing(config, tables, arm)
     by_feature = _to_grade(scorer, tables, explainers)
     calls_left = config.llms[scorer.llm].max_calls if isinstance(scorer, JudgeConfig) else None

@@ -94,7 +94,11 @@ class SimulatorClient:
         ]
         await self._committer.add.remote({"simulations": rows})
 
-    async def _ask(self, requests: list[RuleRequest], method: str = "answer") -> list[list[np.ndarray]]:
+    async def rate(self, texts: list[str]) -> list[np.ndarray]:
+        """Six log-probabilities for each text: how abstract it is, by an arm whose engine is transformers."""
+        return await self._ask(texts, "rate")
+
+    async def _ask(self, requests: Sequence[Any], method: str = "answer") -> list[Any]:
         """A replica's answer; from another one where the first is lost on the way.
 
         Raises:
@@ -139,7 +143,7 @@ def memo_id(config: LLMSimulatorConfig) -> str:
     return f"{PurePosixPath(config.model).name}@{hashlib.sha256(content.encode()).hexdigest()[:8]}"
 
 
-async def _result(response: Any) -> list[list[np.ndarray]]:
+async def _result(response: Any) -> list[Any]:
     return await response
 
 

@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from rayinterp.errors import UserError
-from rayinterp.prompts import SIMULATOR_EXAMPLES, UNKNOWN, Message, simulator_messages
+from rayinterp.prompts import SIMULATOR_EXAMPLES, UNKNOWN, Message, abstractness_messages, simulator_messages
 from rayinterp.simulate.simulator import NUM_DIGITS
 
 if TYPE_CHECKING:
@@ -72,6 +72,11 @@ class PromptTokens:
     def rule(self, rule: str) -> list[int]:
         """Ids of the rule and of what stands between it and the first token."""
         return [*self._encode_text(" " + " ".join(rule.split())), *self._after_rule]
+
+    def rating_header(self) -> list[int]:
+        """Ids of everything before a text that is rated; that stands in a line as a token does: `record((text,))`."""
+        task, begun = abstractness_messages()
+        return self._bos() + self._encode_prompt(render(self._tokenizer, [task]) + begun["content"] + "\n")
 
     def record(self, tokens: tuple[str, ...]) -> Record:
         """Ids of a sequence; it ends at its last tab, since nothing behind that is read."""

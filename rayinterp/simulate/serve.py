@@ -29,10 +29,12 @@ from rayinterp.harvest import torch_threads
 from rayinterp.simulate import load_simulator
 
 if TYPE_CHECKING:
+    import numpy as np
     from ray.serve.handle import DeploymentHandle
 
     from rayinterp.config import ServiceResources, SimulatorConfig
     from rayinterp.simulate.simulator import LogProbEngine, LogProbs, Prediction, RuleRequest
+    from rayinterp.simulate.transformers import TransformersSimulator
 
 MAX_ONGOING_REQUESTS = 64
 """Candidates that one replica takes at a time; Serve's default of a few would leave nothing to merge."""
@@ -81,6 +83,7 @@ class SimulatorReplica:
 
     def __init__(self, name: str, config: SimulatorConfig, num_replicas: int = 1) -> None:
         engine = load_simulator(config)
+        self._engine = engine
         self._is_llm = isinstance(config, LLMSimulatorConfig)
         self._compute = cast("LogProbEngine", engine).log_probs if self._is_llm else engine.simulate
         self._token_losses = getattr(engine, "token_losses", None)
@@ -113,6 +116,16 @@ class SimulatorReplica:
             self._worker = asyncio.create_task(self._work())
         # A caller that gives up cancels this, and with it the future: what has not begun is then never computed.
         return await waiting.answer
+
+    async def rate(self, texts: list[str]) -> list[np.ndarray]:
+        """Six log-probabilities for each text; in the engine's thread, behind the call that is under way."""
+        loop, engine = asyncio.get_running_loop(), cast("TransformersSimulator", self._engine)
+        try:
+            answer = await loop.run_in_executor(self._thread, engine.rate, texts)
+        except Exception as error:
+            raise self._failure(error) from error
+        self._num_failures = 0
+        return answer
 
     async def _work(self) -> None:
         """One call of the engine after another, each for what waits by then."""

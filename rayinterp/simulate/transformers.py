@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
@@ -50,6 +50,14 @@ class DigitHead(torch.nn.Module):
 
     def forward(self, hidden: Float[torch.Tensor, "*batch d_model"]) -> Float32[torch.Tensor, "*batch 6"]:
         return torch.nn.functional.linear(hidden.float(), self.weight, self.bias)
+
+
+class Header(NamedTuple):
+    """What stands before everything else of a pass: read once."""
+
+    length: int
+    kv: list[tuple[torch.Tensor, torch.Tensor]]
+    """Keys and values, by layer."""
 
 
 class TransformersSimulator:
@@ -102,7 +110,8 @@ class TransformersSimulator:
             )
         self._heads = DigitHead(head, self._prompt.digit_ids), head
         self._model.set_output_embeddings(self._heads[0])
-        self._header_kv = self._read_header()
+        self._header = self._read_header(self._prompt.header)
+        self._rating_header: Header | None = None
         self._nulls: dict[tuple[str, tuple[str, ...]], Float32[np.ndarray, "seq 6"]] = {}
 
     @property
@@ -125,20 +134,33 @@ class TransformersSimulator:
         self._check_lengths(branches)
         answers: list[list[Any]] = [[None] * len(request.sequences) for request in requests]
         for plan in prompt_tree.plan_passes(branches, self._token_budget):
-            for leaf, values in zip(plan.leaves, self._run(plan, records), strict=True):
+            for leaf, values in zip(plan.leaves, self._run(plan, records, self._header), strict=True):
                 answers[leaf.branch][leaf.record] = values
         return answers
 
-    def _run(self, plan: TreePlan, records: list[list[Record]]) -> list[Float32[np.ndarray, "seq 6"]]:
-        """One pass; log-probabilities of each of its records."""
-        tree = prompt_tree.pack(plan.segments, self.header_length)
+    @torch.inference_mode()
+    def rate(self, texts: list[str]) -> list[Float32[np.ndarray, "6"]]:
+        """How abstract each text is: log-probabilities among the digits 0 to 5, read at the tab behind it."""
+        if self._rating_header is None:
+            self._rating_header = self._read_header(self._prompt.rating_header())
+        records = [self._prompt.record((text,)) for text in texts]
+        branch = Branch([], [record.ids for record in records])
+        longest = max((len(record.ids) for record in records), default=0)
+        prompt_tree.check_length(self._model, self._rating_header.length + longest)
+        answers: list[Any] = [None] * len(texts)
+        for plan in prompt_tree.plan_passes([branch], self._token_budget):
+            for leaf, values in zip(plan.leaves, self._run(plan, [records], self._rating_header), strict=True):
+                (answers[leaf.record],) = values
+        return answers
+
+    def _run(self, plan: TreePlan, records: list[list[Record]], header: Header) -> list[Float32[np.ndarray, "seq 6"]]:
+        """One pass behind a header; log-probabilities of each of its records."""
+        tree = prompt_tree.pack(plan.segments, header.length)
         logits = self._model(
             input_ids=tree.ids[None].to(self._device),
             position_ids=tree.position_ids[None].to(self._device),
-            attention_mask=prompt_tree.attention_masks(
-                self._model, tree, self.header_length, self._dtype, self._device
-            ),
-            past_key_values=DynamicCache(self._header_kv),  # shares the header's tensors, and grows without them
+            attention_mask=prompt_tree.attention_masks(self._model, tree, header.length, self._dtype, self._device),
+            past_key_values=DynamicCache(header.kv),  # shares the header's tensors, and grows without them
             use_cache=True,
         ).logits[0]
         reads = [records[leaf.branch][leaf.record].reads for leaf in plan.leaves]
@@ -209,13 +231,13 @@ class TransformersSimulator:
         )
 
     @torch.inference_mode()
-    def _read_header(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Keys and values of the header, by layer."""
+    def _read_header(self, header: list[int]) -> Header:
+        """What every pass behind it attends to."""
         # Without the model's config, or layers with a sliding window would keep only the end of the header.
         cache = DynamicCache()
-        ids: Int64[torch.Tensor, "1 header"] = torch.tensor([self._prompt.header], device=self._device)
+        ids: Int64[torch.Tensor, "1 header"] = torch.tensor([header], device=self._device)
         self._model(input_ids=ids, past_key_values=cache, use_cache=True)
-        return [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[attr-defined]
+        return Header(len(header), [(layer.keys, layer.values) for layer in cache.layers])  # type: ignore[attr-defined]
 
     def _log_probs_nulls_once(self, requests: list[RuleRequest]) -> list[list[Float32[np.ndarray, "seq 6"]]]:
         """`log_probs`, which remembers what null explanations gave: it depends on the sequence alone."""

@@ -314,3 +314,25 @@ async def test_losses_are_computed_in_turn_with_candidates_and_not_merged_with_t
     late = SimulatorReplica("late", LateInteractionConfig(embedder="embedded/minilm-l6"))
     with pytest.raises(UserError, match="gives no losses"):
         await late.token_losses(CANDIDATE)
+
+
+async def test_a_replica_rates_in_the_thread_that_simulates(tmp_path):
+    arm = tiny_config(tmp_path / "model")
+    replica = SimulatorReplica("tiny", arm)
+    handle = SimpleNamespace(answer=SimpleNamespace(remote=replica.answer), rate=SimpleNamespace(remote=replica.rate))
+    a_client = tiny_client(tmp_path / "run", arm, handle, local_committer(Tables(str(tmp_path / "run"))))
+    texts = ["ships", "the word 'ago'"]
+    rated, _ = await asyncio.gather(a_client.rate(texts), a_client.remembering()(CANDIDATE))
+    engine = replica._engine
+    for one, two in zip(rated, engine.rate(texts), strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-6)
+
+    def fails(texts):
+        raise RuntimeError("device lost")
+
+    replica._engine = SimpleNamespace(rate=fails)
+    for _ in range(3):
+        with pytest.raises(EngineError, match="device lost"):
+            await replica.rate(texts)
+    with pytest.raises(RuntimeError, match="3 times in a row"):
+        replica.check_health()

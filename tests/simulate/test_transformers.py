@@ -194,3 +194,59 @@ def test_a_text_without_visible_tokens_has_losses_or_none(tmp_path):
         [RuleRequest("r", (TokenSequence(1, ("\n", " ")), TokenSequence(2, (" a",))))]
     )
     assert [np.isfinite(losses).all() for losses in answer] == [True, True]
+
+
+TEXTS = ["the word 'ago'", "a hope that is never said aloud", "unknown", "tabs\tand\nnew lines", "ships"]
+
+
+def rated_one_at_a_time(folder: str, text: str, behind: str = "\t") -> np.ndarray:
+    """Log-probabilities of the digits behind the whole prompt as one text, written out here."""
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids = PromptTokens(tokenizer, 1).rating_header()
+    escaped = {"unknown": "un-known", "tabs\tand\nnew lines": "tabs\\tand\\nnew lines"}
+    for piece in (escaped.get(text, text), *behind.partition("\t")[1:]):
+        ids = ids + tokenizer(piece, add_special_tokens=False, split_special_tokens=True).input_ids
+    with torch.inference_mode():
+        logits = model(torch.tensor([ids])).logits[0, -1]
+    digits = [tokenizer(digit, add_special_tokens=False).input_ids[0] for digit in "012345"]
+    return logits[digits].float().log_softmax(-1).numpy()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_ratings_equal_one_text_at_a_time(tmp_path, kind):
+    folder = save_model(tmp_path, kind, chat=kind == "llama")
+    in_one_pass, in_many = (TransformersSimulator(folder, token_budget=b, **OPTIONS).rate(TEXTS) for b in (2048, 30))
+    for text, packed, cut in zip(TEXTS, in_one_pass, in_many, strict=True):
+        expected = rated_one_at_a_time(folder, text)
+        assert np.abs(packed - expected).max() < TOLERANCE
+        assert np.abs(cut - expected).max() < TOLERANCE
+        assert np.abs(packed - rated_one_at_a_time(folder, text, "\tunknown")).max() > 100 * TOLERANCE
+
+
+def test_a_rating_is_read_at_the_tab_before_unknown(tmp_path, monkeypatch):
+    """Logits by hand: where the token is a tab, digit 4; everywhere else digit 1."""
+    simulator = TransformersSimulator(save_model(tmp_path), **OPTIONS)
+    tokenizer = AutoTokenizer.from_pretrained(str(tmp_path))
+    (tab,) = tokenizer("\t", add_special_tokens=False).input_ids
+    forward = simulator._model.forward
+
+    def by_hand(input_ids, **options):
+        answer = forward(input_ids=input_ids, **options)
+        digit = torch.where(input_ids == tab, 4, 1)
+        answer.logits = torch.nn.functional.one_hot(digit, 6).float() * 50
+        return answer
+
+    monkeypatch.setattr(simulator._model, "forward", by_hand)
+    ratings = expected_value(np.asarray(simulator.rate(TEXTS)))
+    np.testing.assert_allclose(ratings, 4, atol=1e-4)
+
+
+def test_rating_leaves_simulations_as_they_are(tmp_path):
+    simulator = TransformersSimulator(save_model(tmp_path), **OPTIONS)
+    before = simulator.log_probs(REQUESTS)
+    first = simulator.rate(TEXTS)
+    for one, two in zip(before, simulator.log_probs(REQUESTS), strict=True):
+        for x, y in zip(one, two, strict=True):
+            np.testing.assert_array_equal(x, y)
+    np.testing.assert_array_equal(first, simulator.rate(TEXTS))
+    assert simulator.rate([]) == []

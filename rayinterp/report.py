@@ -180,7 +180,7 @@ def write_report(tables: Tables, config: RunConfig) -> str:
 
 
 def summarise(tables: Mapping[str, pa.Table], book: ScoreBook, config: RunConfig) -> Summary:
-    """The summary of `features`, `explanations`, `candidates`, `llm_calls` and `simulations`."""
+    """The summary of `features`, `explanations`, `candidates`, `complexity`, `llm_calls` and `simulations`."""
     explanations = tables["explanations"]
     statuses: dict[str, dict[str, str]] = {}
     for row in explanations.select(["explainer", "feature_key", "status"]).to_pylist():

@@ -288,9 +288,8 @@ def score_all(
 def _interval(
     name: str, value: float, error: float, resampled: Sequence[_Resampled]
 ) -> tuple[float, float] | tuple[None, None]:
-    """A studentised bootstrap interval with jackknife errors over documents.
-
-    Davison and Hinkley 1997, Bootstrap Methods and their Application, 5.2.
+    """A studentised bootstrap interval with jackknife errors over documents (Davison and Hinkley 1997, Bootstrap
+    Methods and their Application, 5.2).
 
     Each resample says by how many of its own standard errors it misses the whole. For most scorers 95 % of them miss by
     less than what the interval reaches to either side (Hall 1988, On symmetric bootstrap confidence intervals). The

@@ -249,7 +249,7 @@ def book(tables: Tables) -> ScoreBook:
 
 @pytest.fixture(scope="module")
 def summary(tables: Tables, book: ScoreBook, config: RunConfig) -> Summary:
-    names = ("features", "explanations", "candidates", "llm_calls", "simulations")
+    names = ("features", "explanations", "candidates", "complexity", "llm_calls", "simulations")
     return summarise({name: tables.read(name) for name in names}, book, config)
 
 

@@ -67,6 +67,8 @@ async def test_what_a_deployed_simulator_has_answered_is_never_asked_again(ray_s
     assert deploy_simulator("tiny", arm, RESOURCES, "simulator-tiny") is not None  # it runs already, and is kept
     simulate = tiny_client(tmp_path / "run", arm, handle, committer).remembering()
     first, again = await simulate(CANDIDATE), await simulate(CANDIDATE[:1])
+    ratings = await tiny_client(tmp_path / "run", arm, handle, committer).rate(["ships", "a hope"])
+    assert [rating.shape for rating in ratings] == [(6,), (6,)]
     stats = await handle.stats.remote()
     assert serve.status().proxies == {}  # no port is opened
     await committer.flush.remote()

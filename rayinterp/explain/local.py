@@ -1,8 +1,8 @@
 """An LLM of our own: any Hugging Face chat model, and the Ray Serve replica that runs it.
 
-The chance of an answer comes from the request's seed alone, so a repeated request gives the same answer. A list of rules
-or a judge's answer is held to its form by a grammar (llguidance), whatever the size of the model: at each token those
-that lead out of the form are taken away, for 1.4 ms a token, where the embedded model takes 65 on one core.
+The chance of an answer comes from the request's seed alone, so a repeated request gives the same answer. A list of
+rules or a judge's answer is held to its form by a grammar (llguidance), whatever the size of the model: at each token
+those that lead out of the form are taken away, for 1.4 ms a token, where the embedded model takes 65 on one core.
 """
 
 from __future__ import annotations

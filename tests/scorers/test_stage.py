@@ -17,8 +17,8 @@ def test_the_stage_scores_reports_and_has_nothing_left_to_do(planted_run: Run, t
         folder,
         f"simulators.reader={{engine: transformers, model: {reader}, num_few_shots: 1, dtype: float32}}",
         # Of the first feature all questions are answered alike, of the others none.
-        "llms.judge={provider: scripted, model: judge, answers: {planted/0: '[1, 1, 1, 1, 1]'}}",
-        "score.scorers.detection={method: detection, llm: judge, max_records: 10}",
+        "llms.judge={provider: scripted, model: judge, answers: {planted/0: '[1]'}}",
+        "score.scorers.detection={method: detection, llm: judge, max_records: 10, num_shown: 1}",
         "score.scorers.surprisal={method: surprisal, simulator: reader, num_features: 1, max_records: 5}",
         "score.scorers.embedding={method: embedding}",
     )

@@ -355,10 +355,10 @@ def _are_finite(true: Sequence[np.ndarray], predicted: Sequence[np.ndarray]) -> 
 
 
 def mean_interval(values: Float[np.ndarray, "n"], seed: int, num_bootstrap: int = 1000) -> Interval:
-    """Mean with a 95 % interval from resampling features; nan values must have been set aside by the caller."""
+    """Mean with a 95 % interval from resampling features, none of a single one; nan values must have been set aside."""
     n = len(values)
-    if n == 0:
-        return Interval(None, None, None, 0)
+    if n < 2:
+        return Interval(float(values[0]) if n else None, None, None, n)
     picks = np.random.default_rng(seed).integers(0, n, (num_bootstrap, n))
     low, high = np.quantile(values[picks].mean(1), (0.025, 0.975))
     return Interval(float(values.mean()), float(low), float(high), n)

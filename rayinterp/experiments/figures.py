@@ -12,6 +12,7 @@ from typing import Any
 
 import fsspec
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -25,6 +26,8 @@ MARKERS = "osD^vPX*"
 PANEL_SIZE = (5.2, 3.7)
 """Inches."""
 MAX_COLUMNS = 2
+FEW = 3
+"""Features below which a point is hollow: a bootstrap of one or two says nothing about the next."""
 LONG_LABELS = 40
 """Characters of all x labels of a panel from which they are written aslant."""
 STYLE: dict[Any, Any] = {
@@ -37,7 +40,8 @@ STYLE: dict[Any, Any] = {
     "axes.grid.axis": "y",
     "grid.color": "#e4e7ec",
     "axes.axisbelow": True,
-    "legend.frameon": False,
+    "legend.edgecolor": "none",
+    "legend.framealpha": 0.7,
     "legend.fontsize": 8,
     "svg.fonttype": "path",
     "svg.hashsalt": "rayinterp",
@@ -53,6 +57,13 @@ def draw(title: str, panels: Sequence[Panel]) -> Figure:
         figure.suptitle(title, fontsize=12, fontweight="bold", x=0.01, ha="left")
         for i, panel in enumerate(panels):
             _draw_panel(figure.add_subplot(rows, columns, i + 1), panel)
+        names = [list(panel.series) for panel in panels]
+        if all(of_panel == names[0] for of_panel in names):  # one legend, where it covers nothing
+            handles, labels = figure.axes[0].get_legend_handles_labels()
+            figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4))
+        else:
+            for axes in figure.axes:
+                axes.legend(loc="best", ncols=2 if len(axes.get_legend_handles_labels()[1]) > 4 else 1)
         FigureCanvasAgg(figure)
         figure.draw_without_rendering()
     figure.set_layout_engine("none")  # laid out once: every further time moves it a little
@@ -66,13 +77,13 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
         defined = [point for point in points if point.mean.value is not None]
         # Side by side, or their intervals would hide one another.
         x = [places.index(point.x) + spread * (i - (len(panel.series) - 1) / 2) for point in defined]
-        y = [point.mean.value or 0.0 for point in defined]
-        errors = [[max(value - (point.mean.low or value), 0) for value, point in zip(y, defined, strict=True)]]
-        errors.append([max((point.mean.high or value) - value, 0) for value, point in zip(y, defined, strict=True)])
+        means = [point.mean for point in defined]
+        y = [mean.value for mean in means]
+        errors = np.array([[0.0, 0.0] if m.low is None else [m.value - m.low, m.high - m.value] for m in means])
         axes.errorbar(
             x,
             y,
-            yerr=errors,
+            yerr=np.maximum(errors, 0).reshape(-1, 2).T,
             label=name.replace("_", " "),
             color=COLOURS[i % len(COLOURS)],
             marker=MARKERS[i % len(MARKERS)],
@@ -81,19 +92,20 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
             elinewidth=1.1,
             capsize=2,
         )
+        few = [j for j, point in enumerate(defined) if point.mean.n < FEW]
+        axes.plot([x[j] for j in few], [y[j] for j in few], MARKERS[i % len(MARKERS)], ms=3, color="white", zorder=5)
     axes.set_title(panel.title.replace("_", " "), loc="left")
     axes.set_ylabel(panel.y_label)
     counts = [point.mean.n for points in panel.series.values() for point in points if point.mean.n]
     said = f"n = {min(counts)}" + (f" to {max(counts)}" if max(counts) > min(counts) else "") if counts else "n = 0"
-    axes.set_xlabel(f"{panel.x_label}   ({said} features a point)")
+    hollow = "; hollow: too few for an interval" if counts and min(counts) < FEW else ""
+    axes.set_xlabel(f"{panel.x_label}   ({said} features a point{hollow})")
     labels = [place.replace("_", " ") for place in places]
     aslant = sum(map(len, labels)) > LONG_LABELS
     axes.set_xticks(range(len(places)), labels, rotation=35 if aslant else 0, ha="right" if aslant else "center")
     axes.set_xlim(-0.6, len(places) - 0.4)
     if any(low < 0 for low in axes.get_ylim()):
         axes.axhline(0, color="#98a2b3", linewidth=0.8)
-    if len(panel.series) > 1:
-        axes.legend(loc="best", ncols=2 if len(panel.series) > 4 else 1)
 
 
 def render(figure: Figure, kind: str) -> bytes:

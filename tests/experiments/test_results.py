@@ -78,9 +78,17 @@ def test_intervals_are_drawn_where_they_are():
     assert np.allclose(y, [0.5, 0.2]) and np.all(np.diff(x) == 1)
     (segments,) = bars.lines[2]
     ends = np.array([segment[:, 1] for segment in segments.get_segments()])
-    points = panels()[0].series["tree"]
-    assert np.allclose(ends, [[p.mean.low, p.mean.high] for p in points])
+    alone, pair = panels()[0].series["tree"]
+    assert alone.mean.low is None and np.allclose(ends, [[0.5, 0.5], [pair.mean.low, pair.mean.high]])
     assert "n = 1 to 2" in axes.get_xlabel()
+
+
+def test_an_interval_that_ends_at_zero_is_drawn():
+    values = {"layer_1/1": 0.0, "layer_1/2": 0.2, "layer_1/3": 0.0}
+    panel = Panel("Zero", "x", "y", False, {"tree": [point("a", values, CONFIG)]})
+    assert panel.series["tree"][0].mean.low == 0
+    (segments,) = draw("A title", [panel]).axes[0].containers[0].lines[2]
+    assert segments.get_segments()[0][:, 1].min() == 0
 
 
 def test_every_number_of_a_page_leads_to_cards():

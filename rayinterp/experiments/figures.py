@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from rayinterp.experiments.results import Panel
+from rayinterp.experiments.results import Panel, Point
 
 FORMATS = ("png", "svg", "pdf")
 COLOURS = ("#2458b8", "#d97706", "#0f766e", "#b4235f", "#6d5bd0", "#667085", "#3f9b3f", "#8a5a2b")
@@ -74,16 +74,15 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
     places = panel.places
     spread = 0.5 / max(len(panel.series), 1)
     for i, (name, points) in enumerate(panel.series.items()):
-        defined = [point for point in points if point.mean.value is not None]
+        defined = [(point, *_ends(point)) for point in points if point.mean.value is not None]
         # Side by side, or their intervals would hide one another.
-        x = [places.index(point.x) + spread * (i - (len(panel.series) - 1) / 2) for point in defined]
-        means = [point.mean for point in defined]
-        y = [mean.value for mean in means]
-        errors = np.array([[0.0, 0.0] if m.low is None else [m.value - m.low, m.high - m.value] for m in means])
+        x = [places.index(point.x) + spread * (i - (len(panel.series) - 1) / 2) for point, *_ in defined]
+        y = [value for _, value, *_ in defined]
+        errors = np.array([[value - low, high - value] for _, value, low, high in defined]).reshape(-1, 2).T
         axes.errorbar(
             x,
             y,
-            yerr=np.maximum(errors, 0).reshape(-1, 2).T,
+            yerr=np.maximum(errors, 0),
             label=name.replace("_", " "),
             color=COLOURS[i % len(COLOURS)],
             marker=MARKERS[i % len(MARKERS)],
@@ -92,7 +91,7 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
             elinewidth=1.1,
             capsize=2,
         )
-        few = [j for j, point in enumerate(defined) if point.mean.n < FEW]
+        few = [j for j, (point, *_) in enumerate(defined) if point.mean.n < FEW]
         axes.plot([x[j] for j in few], [y[j] for j in few], MARKERS[i % len(MARKERS)], ms=3, color="white", zorder=5)
     axes.set_title(panel.title.replace("_", " "), loc="left")
     axes.set_ylabel(panel.y_label)
@@ -106,6 +105,13 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
     axes.set_xlim(-0.6, len(places) - 0.4)
     if any(low < 0 for low in axes.get_ylim()):
         axes.axhline(0, color="#98a2b3", linewidth=0.8)
+
+
+def _ends(point: Point) -> tuple[float, float, float]:
+    """The mean and both ends of its interval; the mean alone where it has none."""
+    mean = point.mean
+    assert mean.value is not None
+    return mean.value, mean.value if mean.low is None else mean.low, mean.value if mean.high is None else mean.high
 
 
 def render(figure: Figure, kind: str) -> bytes:

@@ -105,5 +105,7 @@ def test_the_source_can_be_left_out_and_a_change_of_what_scores_depend_on_makes_
     before = planted_run.tables.read("scores", where=f"source != '{RULE_NEGATIVE}' and {graded}")
     assert run.tables.count("scores", graded) == len(before)
     again = run_all(planted_config(tmp_path / "run", "score.num_bootstrap=77"), ("score",))
-    assert {s.partition(",")[0] for s in again.tables.distinct("scores", "settings", graded)} == {"bootstrap 77"}
+    assert {s.partition(",")[0] for s in again.tables.distinct("scores", "settings", graded)} == {
+        "studentised bootstrap 77"
+    }
     assert RULE_NEGATIVE in again.tables.distinct("scores", "source", graded)

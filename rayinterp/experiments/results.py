@@ -189,9 +189,9 @@ def complementary_sources(outcome: Outcome, tables: Tables) -> list[Panel]:
 def explainer_comparison(outcome: Outcome, tables: Tables) -> list[Panel]:
     arms, sources = list(outcome.explainers), _hardest(outcome)
     scores = by_arm(outcome, "Score", CORRELATION, arms, lambda arm: {s: outcome.scores(arm, s) for s in sources})
-    controls = {control: outcome.scores("one_shot", sources[0], control) for control in CONTROLS}
-    for control, values in controls.items():
-        scores.series[f"{control} control of one_shot"] = [point("one_shot", values, outcome.config)]
+    for source, points in scores.series.items():
+        beside = {control: outcome.scores("one_shot", source, control) for control in CONTROLS}
+        points += [point(f"{control} (control)", values, outcome.config) for control, values in beside.items()]
 
     def less(base: str, arm: str) -> dict[str, Values]:
         return {source: difference(outcome.scores(arm, source), outcome.scores(base, source)) for source in sources}

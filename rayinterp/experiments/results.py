@@ -279,6 +279,7 @@ def planted(outcome: Outcome, tables: Tables) -> list[Panel]:
             "share of features",
             arms,
             lambda a: {s: of_sae(found[a], s) for s in outcome.saes},
+            is_share=True,
         ),
         by_arm(
             outcome, "Score by source", CORRELATION, arms, lambda a: {s: outcome.scores(a, s) for s in _hard(outcome)}

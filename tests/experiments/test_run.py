@@ -44,6 +44,7 @@ def test_the_truth_is_recovered_by_whoever_knows_it(planted):
     for layer in range(4):
         assert recovered["truth", f"layer_{layer}"]["value"] == 1
         assert recovered["truth", f"layer_{layer}"]["num_features"] == 2
+        assert recovered["truth", f"layer_{layer}"]["ci_low"] < 0.5  # of two features
     assert all(recovered["broad", f"layer_{layer}"]["value"] == 0 for layer in (0, 2))
     arms = {arm for arm, _ in recovered}
     share = {arm: sum(recovered[arm, f"layer_{layer}"]["value"] for layer in range(4)) for arm in arms}

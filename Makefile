@@ -30,7 +30,7 @@ experiments: $(INSTALLED)
 	@$(call RUN_EXPERIMENTS,configs/experiments/planted.yaml)
 	$(BIN)/rayinterp experiment planted configs/experiments/planted.yaml
 
-# The same figures on the embedded model: about an hour.
+# The same figures on the embedded model: about half an hour.
 experiments-embedded: $(INSTALLED)
 	@$(call RUN_EXPERIMENTS,configs/experiments/embedded.yaml)
 

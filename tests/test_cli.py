@@ -52,3 +52,22 @@ def test_plan_starts_nothing_and_leaves_nothing(tmp_path):
     wrong = rayinterp(*arguments, "--params", "subject.model=9e9")
     assert wrong.returncode == 2
     assert "index.embedder" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+@pytest.mark.parametrize("command", [("rayinterp", "experiment"), ("jobs/experiment.py",)])
+def test_an_experiment_says_its_price_and_what_it_does_not_know(command, tmp_path):
+    arguments = ["layer_sweep", str(CONFIGS / "experiments" / "planted.yaml"), f"run_dir={tmp_path / 'run'}", "--plan"]
+
+    def run(*given):
+        if command[0] == "rayinterp":
+            return rayinterp("experiment", *given)
+        script = [sys.executable, str(CONFIGS.parent / command[0]), *given]
+        return subprocess.run(script, capture_output=True, text=True, timeout=120)
+
+    priced = run(*arguments)
+    assert priced.returncode == 0, priced.stderr
+    assert "planted language" in priced.stdout and "total" in priced.stdout
+    assert not (tmp_path / "run").exists()
+    unknown = run("figure_6", *arguments[1:])
+    assert unknown.returncode == 2
+    assert "explainer_comparison" in unknown.stderr and "Traceback" not in unknown.stderr

@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -657,6 +658,16 @@ class RunConfig(_Section):
     resources: ResourcesConfig = ResourcesConfig()
     budget: BudgetConfig = BudgetConfig()
 
+    @field_validator("llms", "simulators", "explainers")
+    @classmethod
+    def _names_are_plain(cls, arms: dict[str, Any]) -> dict[str, Any]:
+        for name in arms:
+            if not re.fullmatch(r"[\w.-]+", name):
+                raise ValueError(
+                    f"the name {name!r} ends up in file names and filters; use letters, digits, '_', '.' and '-'"
+                )
+        return arms
+
     @model_validator(mode="after")
     def _arms_exist(self) -> RunConfig:
         for name, explainer in self.explainers.items():
@@ -670,6 +681,11 @@ class RunConfig(_Section):
         for name, scorer in self.score.scorers.items():
             if isinstance(scorer, JudgeConfig):
                 _must_exist(f"score.scorers.{name}.llm", scorer.llm, self.llms)
+                if self.llms[scorer.llm].provider == "planted":
+                    raise ValueError(
+                        f"score.scorers.{name}.llm is {scorer.llm!r}, whose provider 'planted' explains and does not "
+                        "judge; name another LLM"
+                    )
             if isinstance(scorer, SurprisalConfig):
                 _must_exist(f"score.scorers.{name}.simulator", scorer.simulator, self.simulators)
                 if not isinstance(self.simulators[scorer.simulator], TransformersSimulatorConfig):

@@ -73,7 +73,8 @@ def plan_score(config: RunConfig, tables: Tables, explainers: list[str]) -> Scor
         complete = finished & _measured(config, tables, simulator)
         left = [w for w in work if not {(str(w.feature), e) for e in w.explanations} <= complete]
         plan.blocks.extend((simulator, left[i : i + BLOCK]) for i in range(0, len(left), BLOCK))
-        plan.unscored.extend(row for row in unscored if (row["feature_key"], row["explainer"]) not in finished)
+        kept = finished | _with_a_value(config, tables, simulator)
+        plan.unscored.extend(row for row in unscored if (row["feature_key"], row["explainer"]) not in kept)
         plan = plan._replace(num_finished=plan.num_finished + len(work) - len(left))
     return plan
 
@@ -225,6 +226,14 @@ def unscored_rows(
         for scorer in SCORERS
         for source in sources
     ]
+
+
+def _with_a_value(config: RunConfig, tables: Tables, simulator: str) -> set[tuple[str, str]]:
+    """(feature, explainer) that were graded, under whatever settings: a budget does not take that away."""
+    arm = arm_id(simulator, config.simulators[simulator])
+    where = f"simulator = '{arm}' and control = '' and value is not null"
+    rows = tables.read("scores", ["feature_key", "explainer"], where).to_pylist()
+    return {(row["feature_key"], row["explainer"]) for row in rows}
 
 
 def _finished(config: RunConfig, tables: Tables, simulator: str) -> set[tuple[str, str]]:

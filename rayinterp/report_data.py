@@ -39,7 +39,7 @@ FEW_FEATURES = 10
 SCORE_COLUMNS = (
     *("feature_key", "explainer", "control", "simulator", "scorer", "source", "split"),
     *("value", "ci_low", "ci_high", "num_records", "false_positives_per_sequence"),
-    *("false_negatives_per_sequence", "status", "num_unparsed"),
+    *("false_negatives_per_sequence", "status", "settings", "num_unparsed"),
 )
 
 REASONS = {
@@ -84,6 +84,8 @@ class Score(NamedTuple):
     false_negatives: float | None
     num_records: int | None
     status: str
+    settings: str | None = None
+    """What else it depends on: scores under others were taken on other records."""
     num_unparsed: int | None = None
     """Records that no answer of an LLM could be read on; None where none is read."""
 
@@ -271,6 +273,7 @@ def score_book(scores: pa.Table) -> ScoreBook:
                 number(row["false_negatives_per_sequence"]),
                 row["num_records"],
                 row["status"],
+                row["settings"],
                 row["num_unparsed"],
             )
     return book
@@ -482,8 +485,9 @@ def _compare(book: ScoreBook, first: ScoreKey, second: ScoreKey, config: RunConf
 
 
 def _paired(first: Mapping[str, Score], second: Mapping[str, Score]) -> tuple[np.ndarray, np.ndarray]:
-    """Values of the features that both sides scored."""
-    pairs = [(first[key].value, second[key].value) for key in sorted(first.keys() & second.keys())]
+    """Values of the features that both sides scored on the same records."""
+    shared = sorted(key for key in first.keys() & second.keys() if first[key].settings == second[key].settings)
+    pairs = [(first[key].value, second[key].value) for key in shared]
     defined = np.array([pair for pair in pairs if None not in pair], dtype=float).reshape(-1, 2)
     return defined[:, 0], defined[:, 1]
 

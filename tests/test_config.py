@@ -149,3 +149,15 @@ def test_dollars_must_be_countable_for_judges_too(tmp_path):
     llm = "llms.judge={provider: openai, model: m}"
     with pytest.raises(UserError, match=r"llms\.judge costs is not known"):
         planted_config(tmp_path, llm, "score.scorers.s={method: intruder, llm: judge}", "budget.max_usd=1")
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("simulators={oracle/a: {engine: oracle}}", "'oracle/a' ends up in file names"),
+        ("score.scorers={d: {method: detection, llm: blind}}", "explains and does not judge"),
+    ],
+)
+def test_names_and_judges_that_cannot_work(override, said):
+    with pytest.raises(UserError, match=said):
+        load_config(CONFIGS / "experiments" / "planted.yaml", [override])

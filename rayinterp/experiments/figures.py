@@ -58,11 +58,11 @@ def draw(title: str, panels: Sequence[Panel]) -> Figure:
         for i, panel in enumerate(panels):
             _draw_panel(figure.add_subplot(rows, columns, i + 1), panel)
         names = [list(panel.series) for panel in panels]
-        if all(of_panel == names[0] for of_panel in names):  # one legend, where it covers nothing
+        if names[0] and all(of_panel == names[0] for of_panel in names):  # one legend, where it covers nothing
             handles, labels = figure.axes[0].get_legend_handles_labels()
             figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4))
         else:
-            for axes in figure.axes:
+            for axes in [axes for axes in figure.axes if axes.get_legend_handles_labels()[1]]:
                 axes.legend(loc="best", ncols=2 if len(axes.get_legend_handles_labels()[1]) > 4 else 1)
         FigureCanvasAgg(figure)
         figure.draw_without_rendering()
@@ -97,7 +97,7 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
     axes.set_ylabel(panel.y_label)
     counts = [point.mean.n for points in panel.series.values() for point in points if point.mean.n]
     said = f"n = {min(counts)}" + (f" to {max(counts)}" if max(counts) > min(counts) else "") if counts else "n = 0"
-    hollow = "; hollow: too few for an interval" if counts and min(counts) < FEW else ""
+    hollow = "; hollow: fewer than 3" if counts and min(counts) < FEW else ""
     axes.set_xlabel(f"{panel.x_label}   ({said} features a point{hollow})")
     labels = [place.replace("_", " ") for place in places]
     aslant = sum(map(len, labels)) > LONG_LABELS

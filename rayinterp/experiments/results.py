@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
 from rayinterp import planted_language
 from rayinterp.config import LANGUAGE, RunConfig, TreeConfig, arm_id
 from rayinterp.experiments.design import RULE_CAPS, capped_name, template_of
 from rayinterp.explain.rows import arm_ids
 from rayinterp.explanation import from_json
-from rayinterp.grade_plan import graded_sources
+from rayinterp.grade_plan import count_rule_negatives, graded_sources, settings_of
 from rayinterp.rating import rater_id
 from rayinterp.report_data import CONTROLS, SCORER, ScoreBook, ScoreKey, score_book
 from rayinterp.score import Interval, mean_interval, share_interval
@@ -80,17 +81,24 @@ class Outcome(NamedTuple):
     def sources(self) -> tuple[str, ...]:
         return graded_sources(self.config)
 
-    def scores(self, arm: str, source: str, control: str = "") -> Values:
-        """Test correlations of an arm, or of a control beside it."""
-        return {key: score.value for key, score in self._graded(arm, source, control).items()}
+    def scores(self, arm: str, source: str) -> Values:
+        """Test correlations of an arm."""
+        return {key: score.value for key, score in self._graded(arm, source).items()}
+
+    def beside(self, arm: str, source: str, control: str) -> Values:
+        """Those of a control, on the features that the arm has a score on."""
+        scored = {key for key, value in self.scores(arm, source).items() if value is not None}
+        return {key: score.value for key, score in self._graded(arm, source, control).items() if key in scored}
 
     def false_positives(self, arm: str, source: str) -> Values:
         """Per silent sequence."""
         return {key: score.false_positives for key, score in self._graded(arm, source).items()}
 
     def measure(self, arm: str, measure: str) -> Values:
-        """Of complexity."""
-        return self.complexity.get((self.explainers[arm], measure), {})
+        """Of complexity, of the features that this simulator graded."""
+        graded = {key for source in self.sources for key in self._graded(arm, source)}
+        values = self.complexity.get((self.explainers[arm], measure), {})
+        return {key: value for key, value in values.items() if key in graded}
 
     def _graded(self, arm: str, source: str, control: str = "") -> Mapping[str, Any]:
         key = ScoreKey(self.simulator, source, self.explainers[arm], scorer=SCORER)
@@ -107,6 +115,10 @@ def read_outcome(config: RunConfig, tables: Tables, simulator: str) -> Outcome:
     """What the tables hold of this config's explainers, graded by one simulator arm."""
     explainers = {name: arm_ids(config, name)[0] for name in config.explainers}
     graded_by = arm_id(simulator, config.simulators[simulator])
+    called_for = count_rule_negatives(config, tables)
+    scores = tables.read("scores", where=f"simulator = '{graded_by}' and scorer = '{SCORER}'")
+    # Explainers that joined later brought records along: what was graded before is not compared with what was after.
+    current = [row["settings"] == settings_of(config, called_for[row["feature_key"]]) for row in scores.to_pylist()]
     columns = ["feature_key", "explainer", "simulator", "measure", "value"]
     complexity: dict[tuple[str, str], dict[str, float | None]] = {}
     for row in tables.read("complexity", columns, sql_in("explainer", explainers.values())).to_pylist():
@@ -115,7 +127,7 @@ def read_outcome(config: RunConfig, tables: Tables, simulator: str) -> Outcome:
     return Outcome(
         config,
         graded_by,
-        score_book(tables.read("scores", where=f"simulator = '{graded_by}'")),
+        score_book(scores.filter(pa.array(current, pa.bool_()))),
         explainers,
         complexity,
         tables.read("features", ["feature_key"], "status = 'live'")["feature_key"].to_pylist(),
@@ -134,10 +146,10 @@ def point(x: str, values: Values, config: RunConfig, is_share: bool = False) -> 
     return Point(x, mean, defined, len(values) - len(defined))
 
 
-def difference(first: Values, second: Values) -> dict[str, float]:
-    """First less second, of the features that have both."""
-    pairs = {key: (first[key], second[key]) for key in first.keys() & second.keys()}
-    return {key: a - b for key, (a, b) in pairs.items() if a is not None and b is not None}
+def difference(first: Values, second: Values) -> Values:
+    """First less second; None for features that either has no value of."""
+    pairs = {key: (first.get(key), second.get(key)) for key in first.keys() | second.keys()}
+    return {key: None if a is None or b is None else a - b for key, (a, b) in pairs.items()}
 
 
 def of_sae(values: Values, sae: str) -> Values:
@@ -173,6 +185,7 @@ def by_arm(
 
 
 CORRELATION, FALSE_POSITIVES = "test correlation", "false positives per silent sequence"
+DIFFERENCE = "paired difference of test correlations"
 
 
 def complementary_sources(outcome: Outcome, tables: Tables) -> list[Panel]:
@@ -190,7 +203,7 @@ def explainer_comparison(outcome: Outcome, tables: Tables) -> list[Panel]:
     arms, sources = list(outcome.explainers), _hardest(outcome)
     scores = by_arm(outcome, "Score", CORRELATION, arms, lambda arm: {s: outcome.scores(arm, s) for s in sources})
     for source, points in scores.series.items():
-        beside = {control: outcome.scores("one_shot", source, control) for control in CONTROLS}
+        beside = {control: outcome.beside("one_shot", source, control) for control in CONTROLS}
         points += [point(f"{control} (control)", values, outcome.config) for control, values in beside.items()]
 
     def less(base: str, arm: str) -> dict[str, Values]:
@@ -199,16 +212,15 @@ def explainer_comparison(outcome: Outcome, tables: Tables) -> list[Panel]:
     def is_tree(arm: str) -> bool:
         return isinstance(outcome.config.explainers[arm], TreeConfig)
 
-    label = "paired difference of test correlations"
     others = [arm for arm in arms if arm != "one_shot" and not is_tree(arm)]
     pairs = {arm: arm.replace("tree", "one_shot", 1) for arm in arms if is_tree(arm)}
     searched = [arm for arm, single in pairs.items() if single in outcome.explainers]
     trees = [arm for arm in arms if is_tree(arm) and arm != "tree"]
     return [
         scores,
-        by_arm(outcome, "Less one_shot (structured)", label, others, lambda arm: less("one_shot", arm)),
-        by_arm(outcome, "Tree less one_shot of the same form", label, searched, lambda arm: less(pairs[arm], arm)),
-        by_arm(outcome, "Less tree (structured)", label, trees, lambda arm: less("tree", arm)),
+        by_arm(outcome, "Less one_shot (structured)", DIFFERENCE, others, lambda arm: less("one_shot", arm)),
+        by_arm(outcome, "Tree less one_shot of the same form", DIFFERENCE, searched, lambda arm: less(pairs[arm], arm)),
+        by_arm(outcome, "Less tree (structured)", DIFFERENCE, trees, lambda arm: less("tree", arm)),
     ]
 
 
@@ -223,20 +235,19 @@ def polysemanticity(outcome: Outcome, tables: Tables) -> list[Panel]:
             (f"{method}: score by rule cap", CORRELATION, lambda arm: outcome.scores(arm, source)),
             (f"{method}: rules used", "rules of the winner", lambda arm: outcome.measure(arm, "num_rules")),
         ):
-            values = {cap: of(arm) for cap, arm in arms.items()}
-            panels.append(
-                Panel(
-                    title,
-                    "rule cap",
-                    y_label,
-                    True,
-                    {
-                        sae: [point(str(cap), of_sae(values[cap], sae), outcome.config) for cap in caps]
-                        for sae in outcome.saes
-                    },
-                )
-            )
+            panels.append(_by_cap(outcome, title, y_label, {cap: of(arm) for cap, arm in arms.items()}))
+        scores = {cap: outcome.scores(arm, source) for cap, arm in arms.items()}
+        less_one = {cap: difference(values, scores[1]) for cap, values in scores.items() if cap > 1}
+        panels.append(_by_cap(outcome, f"{method}: less a cap of 1", DIFFERENCE, less_one))
     return [*panels, *_complexities(outcome, ["one_shot", "tree"])]
+
+
+def _by_cap(outcome: Outcome, title: str, y_label: str, values: Mapping[int, Values]) -> Panel:
+    series = {
+        sae: [point(str(cap), of_sae(of_cap, sae), outcome.config) for cap, of_cap in values.items()]
+        for sae in outcome.saes
+    }
+    return Panel(title, "rule cap", y_label, True, series)
 
 
 def layer_sweep(outcome: Outcome, tables: Tables) -> list[Panel]:
@@ -246,7 +257,7 @@ def layer_sweep(outcome: Outcome, tables: Tables) -> list[Panel]:
             outcome, f"Score under {source}", CORRELATION, {arm: outcome.scores(arm, source) for arm in arms} | controls
         )
         for source in _hardest(outcome)
-        for controls in ({c: outcome.scores("one_shot", source, c) for c in CONTROLS},)
+        for controls in ({c: outcome.beside("one_shot", source, c) for c in CONTROLS},)
     ]
     rules = {arm: outcome.measure(arm, "num_rules") for arm in arms}
     return [*scores, by_layer(outcome, "Rules", "rules of the winner", rules), *_complexities(outcome, arms)]
@@ -282,44 +293,54 @@ def planted(outcome: Outcome, tables: Tables) -> list[Panel]:
             is_share=True,
         ),
         by_arm(
-            outcome, "Score by source", CORRELATION, arms, lambda a: {s: outcome.scores(a, s) for s in _hard(outcome)}
+            outcome,
+            "Score by source",
+            CORRELATION,
+            arms,
+            lambda a: {s: outcome.scores(a, s) for s in _by_resistance(outcome)},
         ),
         by_arm(
             outcome,
             "False positives by source",
             FALSE_POSITIVES,
             arms,
-            lambda a: {s: outcome.false_positives(a, s) for s in _hard(outcome)},
+            lambda a: {s: outcome.false_positives(a, s) for s in _by_resistance(outcome)},
         ),
     ]
 
 
 def recovered(outcome: Outcome, tables: Tables) -> dict[str, dict[str, float | None]]:
-    """For each arm: 1 for a feature whose explanation fires on exactly its test tokens, else 0."""
+    """For each arm: 1 for a feature whose explanation fires on exactly its test tokens, 0 for any other or none usable.
+
+    None where the explainer was not asked, or did not answer.
+    """
     assert outcome.config.subject.model == LANGUAGE, outcome.config.subject.model
     ids = tables.read("sequences", ["token_ids"], "split = 'test'")["token_ids"].combine_chunks()
     words = ids.flatten().to_numpy().reshape(len(ids), -1)
     names = {arm: name for name, arm in outcome.explainers.items()}
     found: dict[str, dict[str, float | None]] = {name: {} for name in outcome.explainers}
     where = sql_in("explainer", outcome.explainers.values())
-    for row in tables.read("explanations", ["feature_key", "explainer", "explanation"], where).to_pylist():
+    columns = ["feature_key", "explainer", "explanation", "status"]
+    for row in tables.read("explanations", columns, where).to_pylist():
         feature = FeatureId.parse(row["feature_key"])
         truth = planted_language.FEATURES[feature.sae][feature.index]
         explanation = from_json(row["explanation"]) if row["explanation"] else None
         hit = explanation is not None and planted_language.recovers(explanation, truth, words)
-        found[names[row["explainer"]]][row["feature_key"]] = float(hit)
+        asked = explanation is not None or row["status"] == "no_explanation"
+        found[names[row["explainer"]]][row["feature_key"]] = float(hit) if asked else None
     return found
-
-
-def _hard(outcome: Outcome) -> list[str]:
-    """The sources by which a claim that is too broad is told: from no resistance to the most."""
-    return [s for s in ("random_negative", "similar_negative", "rule_negative") if s in outcome.sources]
 
 
 def _hardest(outcome: Outcome) -> list[str]:
     """The paper's own source where it is graded, and the explanation's own words."""
-    hard = _hard(outcome)[-2:]
+    hard = [source for source in ("similar_negative", "rule_negative") if source in outcome.sources]
     return hard or list(outcome.sources[:1])
+
+
+def _by_resistance(outcome: Outcome) -> list[str]:
+    """The sources by which a claim that is too broad is told, the one that resists least before them."""
+    easy = [source for source in ("random_negative",) if source in outcome.sources]
+    return list(dict.fromkeys([*easy, *_hardest(outcome)]))
 
 
 PANELS: dict[str, Callable[[Outcome, Tables], list[Panel]]] = {

@@ -69,9 +69,9 @@ def test_the_template_is_without_what_experiments_switch_on():
         ("complementary_sources", ["records.complementary=[random_negative]"], "records.complementary"),
         ("explainer_comparison", ["records.holistic=none"], "records.holistic"),
         ("planted", ["subject.model=planted"], "configs/experiments/planted.yaml"),
-        ("planted", ["llms.truth=null", "llms={blind: {provider: planted, model: blind}}"], "lacks truth, broad"),
+        ("planted", ["llms={blind: {provider: planted, model: blind}}"], "lacks truth, broad"),
     ],
 )
 def test_what_an_experiment_cannot_work_with_is_named(name, overrides, said):
     with pytest.raises(UserError, match=said):
-        config_for(name, planted(*[o for o in overrides if o != "llms.truth=null"]))
+        config_for(name, planted(*overrides))

@@ -38,7 +38,9 @@ def test_shares_have_a_width_where_all_are_alike():
 
 def test_differences_are_paired():
     other = {"layer_9/1": 0.2, "layer_9/2": 0.2, "layer_10/2": None, "layer_11/1": 0.9}
-    assert difference(VALUES, other) == {"layer_9/1": 0.3}
+    less = difference(VALUES, other)
+    assert less == {"layer_9/1": 0.3} | dict.fromkeys(["layer_9/2", "layer_10/1", "layer_10/2", "layer_11/1"])
+    assert point("x", less, CONFIG).num_undefined == 4
 
 
 def test_layers_stand_in_their_order():

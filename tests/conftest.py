@@ -35,6 +35,17 @@ def ray_session() -> Iterator[None]:
     ray.shutdown()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def no_services_left() -> Iterator[None]:
+    """Services outlive stages, each with a share of the two CPUs: beside eleven of them an actor waits for ever."""
+    yield
+    if ray.is_initialized():
+        from ray import serve
+
+        for app in serve.status().applications:
+            serve.delete(app)
+
+
 def planted_config(run_dir: Path, *overrides: str) -> RunConfig:
     """configs/planted.yaml in another directory."""
     return load_config(CONFIGS / "planted.yaml", [f"run_dir={run_dir}", *overrides])

@@ -142,7 +142,7 @@ def test_what_explains_a_planted_feature_scores_1_and_controls_do_not(copied, tm
     _, tables, config = score(copied, Fakes(tmp_path / "bill"), *ASKS, "score.num_bootstrap=7")
     assert (tmp_path / "bill").read_text().split() == paid
     settings = tables.read("scores", where="scorer = 'detection'")["settings"].to_pylist()
-    assert all(one.startswith("bootstrap 7") for one in settings)
+    assert all("bootstrap 7," in one for one in settings)
 
 
 def test_a_failed_call_is_a_row_and_is_made_good_by_the_next_run(copied, tmp_path):

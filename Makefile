@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo experiments experiments-embedded test test-slow test-vllm lint types bench saes clean
+.PHONY: demo experiments experiments-embedded test test-slow test-faults test-vllm lint types bench saes clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not installed; name a Python of 3.11 or later: make PYTHON=python3"; exit 1; }
@@ -35,10 +35,14 @@ experiments-embedded: $(INSTALLED)
 	@$(call RUN_EXPERIMENTS,configs/experiments/embedded.yaml)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow and not gpu and not vllm"
+	$(BIN)/python -m pytest -m "not slow and not gpu and not vllm and not faults"
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
+
+# Kills drivers, nodes and actors, fills disks, and takes endpoints away: about half an hour.
+test-faults: $(INSTALLED)
+	$(BIN)/python -m pytest -m faults
 
 # vLLM wants other versions of its neighbours than the rest, so it has an environment of its own: here its CPU build.
 $(VLLM_VENV)/.installed: Makefile

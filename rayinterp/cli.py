@@ -313,6 +313,43 @@ def experiment(
 
 
 @app.command()
+def submit(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    address: Annotated[
+        str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="job server of the cluster")
+    ] = "http://127.0.0.1:8265",
+    stage: Annotated[str, typer.Option(help="one stage, or run for all of them")] = "run",
+    experiment: Annotated[str | None, typer.Option(help="an experiment of this name in place of a run")] = None,
+    follow: Annotated[bool, typer.Option(help="show the job's log until it ends")] = True,
+) -> None:
+    """Run on a cluster, as a Ray job. Submitted again, it goes on where it stopped."""
+    run_config = load_config(config, overrides)
+    _quiet()
+    from rayinterp import submit as jobs
+    from rayinterp.run import STAGES
+
+    if stage not in ("run", *STAGES):
+        raise UserError(f"--stage {stage!r} is none of run, {', '.join(STAGES)}")
+    script = "experiment" if experiment else stage
+    arguments = [*([experiment] if experiment else []), config, *(overrides or [])]
+    jobs.check_job(run_config, config, script)
+    client = jobs.connect(address)
+    job = jobs.submit(client, run_config, config, script, arguments)
+    later = f"ray job logs --follow --address {address} {job}", f"ray job stop --address {address} {job}"
+    console.print(f"Submitted [bold]{job}[/bold]. Its log: {later[0]}\nTo stop it: {later[1]}", soft_wrap=True)
+    if not follow:
+        return
+    try:
+        status = jobs.follow(client, job, lambda text: console.print(text, end="", markup=False, highlight=False))
+    except KeyboardInterrupt:
+        console.print(f"\nThe job goes on. To stop it: {later[1]}", soft_wrap=True)
+        return
+    if status != "SUCCEEDED":
+        raise UserError(f"job {job} ended as {status}; what is committed is kept: submit again with the same command")
+
+
+@app.command()
 def tune(
     config: ConfigPath,
     overrides: Overrides = None,

@@ -634,6 +634,35 @@ class BudgetConfig(_Section):
     """Price of a GPU-hour; without it GPUs cost no dollars."""
 
 
+class JobConfig(_Section):
+    """What travels with a run that is submitted to a cluster (`rayinterp submit`)."""
+
+    working_dir: str = "."
+    """The checkout whose code and configs the job runs; nodes get a copy. What git ignores stays here."""
+    excludes: list[str] = []
+    """More that stays here, as patterns of .gitignore."""
+    extras: list[str] = []
+    """Extras of rayinterp that nodes install before the job, at the pinned versions: `vllm`, `quant`, `demo`."""
+    image: str | None = None
+    """Container image that holds code and configs; nothing else travels then."""
+    env: dict[str, str] = {}
+    """Environment variables of driver and workers. Keys are set on the nodes: Ray shows these to whoever may look."""
+
+    @field_validator("env")
+    @classmethod
+    def _no_secrets(cls, env: dict[str, str]) -> dict[str, str]:
+        for name in env:
+            if re.search("KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", name.upper()):
+                raise ValueError(f"has {name}, which Ray would show on its dashboard; set it on the cluster's nodes")
+        return env
+
+    @model_validator(mode="after")
+    def _an_image_is_whole(self) -> JobConfig:
+        if self.image and (self.extras or self.excludes):
+            raise ValueError("image holds everything a job needs; leave out extras and excludes, or image")
+        return self
+
+
 class RunConfig(_Section):
     name: str = Field(min_length=1)
     """Shown in the report."""
@@ -657,6 +686,7 @@ class RunConfig(_Section):
     score: ScoreConfig
     resources: ResourcesConfig = ResourcesConfig()
     budget: BudgetConfig = BudgetConfig()
+    job: JobConfig = JobConfig()
 
     @field_validator("llms", "simulators", "explainers")
     @classmethod

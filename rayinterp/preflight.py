@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from rayinterp import embedded, planted
 from rayinterp.config import (
@@ -169,7 +170,8 @@ def check_run_dir(run_dir: str) -> None:
     try:
         filesystem, path = fsspec.core.url_to_fs(run_dir)
         probe = f"{path.rstrip('/')}/.write-{uuid.uuid4().hex}"
-        filesystem.makedirs(path, exist_ok=True)
+        if isinstance(filesystem, LocalFileSystem):  # an object store has no folders, and might make a bucket
+            filesystem.makedirs(path, exist_ok=True)
         filesystem.pipe_file(probe, b"")
         filesystem.rm_file(probe)
     except (OSError, ImportError, ValueError) as error:

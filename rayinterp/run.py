@@ -336,7 +336,7 @@ def run_stage(run: Run, stage: str, progress: Progress = silent) -> dict[str, in
     """Does what is left of one stage; returns counts for people.
 
     Raises:
-        UserError: the stage before it has not run, the budget is spent, or a process was lost.
+        UserError: the stage before it has not run, the budget or the disk is spent, or a process was lost.
     """
     needed = _READS.get(stage)
     if needed and not run.tables.exists(needed):
@@ -355,6 +355,13 @@ def run_stage(run: Run, stage: str, progress: Progress = silent) -> dict[str, in
         raise UserError(
             f"stage {stage} lost a process that it cannot go on without ({said}); what is committed is kept: run the "
             "same command again"
+        ) from error
+    except OSError as error:  # of a worker, too: Ray raises what it raised
+        if "no space left" not in str(error).lower():
+            raise
+        raise UserError(
+            f"stage {stage}: no space left for {run.config.run_dir!r}; what is committed is kept: make room and run "
+            "the same command again"
         ) from error
     if counts:
         write_manifest(run.config, {stage: counts})

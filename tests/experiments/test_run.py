@@ -49,7 +49,7 @@ def test_the_truth_is_recovered_by_whoever_knows_it(planted):
     assert all(recovered["broad", f"layer_{layer}"]["value"] == 0 for layer in (0, 2))
     arms = {arm for arm, _ in recovered}
     share = {arm: sum(recovered[arm, f"layer_{layer}"]["value"] for layer in range(4)) for arm in arms}
-    assert share["truth"] > share["tree"] > share["one_shot"] >= share["broad"]
+    assert share["truth"] >= share["tree"] > share["one_shot"] >= share["broad"]
     assert share["tree_falsifier"] >= share["tree"]
 
 

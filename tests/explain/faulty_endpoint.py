@@ -49,6 +49,7 @@ def faulty_endpoint(
     faults: tuple[str, ...] = FAULTS,
     hang_seconds: float = 5.0,
     seen: list[tuple[str, dict[str, Any]]] | None = None,
+    down: threading.Event | None = None,
 ) -> Iterator[str]:
     """The base URL of an endpoint that answers with `answer`, or with one of `faults` on a `share` of the calls.
 
@@ -57,6 +58,7 @@ def faulty_endpoint(
         faults: Some of `FAULTS`, or `dribble`: a body of blanks that never ends.
         hang_seconds: A hanging call is dropped after this; a client should have given up before.
         seen: Takes the fault ("" for none) and the body of every call.
+        down: While it is set, every call is a server's error.
     """
     asked: Counter[str] = Counter()
     lock, closing = threading.Lock(), threading.Event()
@@ -69,6 +71,8 @@ def faulty_endpoint(
                 asked[name] += 1
                 chance = random.Random(f"{seed}/{name}/{asked[name]}")
             fault = chance.choice(faults) if chance.random() < share else ""
+            if down is not None and down.is_set():
+                fault = "server_error"
             if seen is not None:
                 seen.append((fault, body))
             self._answer(fault, completion(answer if isinstance(answer, str) else answer(body)), chance)

@@ -17,7 +17,7 @@ def test_a_harvest_outlives_its_actors_its_committer_and_a_node(planted_run, tmp
         (shutil.copytree if os.path.isdir(source) else shutil.copy)(source, folder / name)
     # A cluster of its own: the session's must outlive it.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    command = [sys.executable, "-m", "tests.run_faults", str(folder)]
+    command = [sys.executable, "-m", "tests.faults.kill_harvest", str(folder)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     assert result.returncode == 0, result.stderr[-4000:]
     killed = [line for line in result.stdout.splitlines() if line.startswith("killed")]

@@ -1,5 +1,5 @@
-"""`python -m tests.run_faults FOLDER`: the planted harvest on a cluster of three nodes that loses, as shards come in,
-an actor, the committer and a node. FOLDER holds the planted corpus. Prints what was killed, a line each."""
+"""`python -m tests.faults.kill_harvest FOLDER`: the planted harvest on a cluster of three nodes that loses, as shards
+come in, an actor, the committer and a node. FOLDER holds the planted corpus. Prints what was killed, a line each."""
 
 import logging
 import os

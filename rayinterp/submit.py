@@ -1,0 +1,153 @@
+"""A run as a Ray job: what travels with it to the cluster, and its log, followed from here.
+
+    config -> check -> runtime environment -> job server -> log lines, until the job ends
+
+A job that was stopped, or lost its cluster, is submitted again with the same arguments: its run directory says what is
+left to do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import shlex
+import uuid
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import Requirement
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+from rayinterp.config import JobConfig, RunConfig
+from rayinterp.errors import UserError
+
+LEFT_HERE = (".git", "build", "runs", "*.lance", "__pycache__", ".venv*", "tests")
+"""Patterns of .gitignore: what no job reads."""
+CONSTRAINTS = "constraints.txt"
+
+
+def runtime_env(job: JobConfig) -> dict[str, Any]:
+    """What Ray lays out on every node before the job starts there.
+
+    Raises:
+        UserError: an extra that rayinterp does not have.
+    """
+    env: dict[str, Any] = {"env_vars": dict(job.env)} if job.env else {}
+    if job.image:
+        return env | {"image_uri": job.image}
+    env |= {"working_dir": str(Path(job.working_dir).resolve()), "excludes": [*LEFT_HERE, *job.excludes]}
+    if job.extras:
+        packages = requirements_of(job.extras, pins(Path(job.working_dir) / CONSTRAINTS))
+        env["pip"] = {"packages": packages, "pip_check": False}
+    return env
+
+
+def requirements_of(extras: list[str], pinned: dict[str, str]) -> list[str]:
+    """What the extras add to rayinterp, with exact versions where they are pinned.
+
+    Raises:
+        UserError: an extra that rayinterp does not have.
+    """
+    known = metadata.metadata("rayinterp").get_all("Provides-Extra") or []
+    for extra in extras:
+        if extra not in known:
+            raise UserError(f"job.extras has {extra!r}, which is no extra of rayinterp; it has {', '.join(known)}")
+    found = []
+    for requirement in map(Requirement, metadata.requires("rayinterp") or []):
+        marker = requirement.marker
+        if marker and not marker.evaluate({"extra": ""}) and any(marker.evaluate({"extra": extra}) for extra in extras):
+            version = pinned.get(_normal(requirement.name))
+            found.append(f"{requirement.name}=={version}" if version else f"{requirement.name}{requirement.specifier}")
+    return sorted(set(found))
+
+
+def pins(path: Path) -> dict[str, str]:
+    """Versions by package name, from lines `name==version`."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    split = (line.split("#")[0].partition("==") for line in lines)
+    return {_normal(name): version.strip() for name, sign, version in split if sign}
+
+
+def _normal(name: str) -> str:
+    """A package's name as PEP 503 compares it."""
+    return re.sub(r"[-_.]+", "-", name.strip()).lower()
+
+
+def entrypoint(script: str, arguments: list[str]) -> str:
+    """The shell command that the job runs."""
+    return shlex.join(["python", f"jobs/{script}.py", *arguments])
+
+
+def check_job(config: RunConfig, config_path: str, script: str) -> None:
+    """What can be known to go wrong on the cluster.
+
+    Raises:
+        UserError: a run directory that would be lost with the job, or a file that does not travel with it.
+    """
+    if "://" not in config.run_dir and not Path(config.run_dir).is_absolute():
+        raise UserError(
+            f"run_dir {config.run_dir!r} is relative, and a job runs in a copy of the working directory that Ray "
+            "deletes; give s3://..., gs://..., or the absolute path of a file system that all nodes share"
+        )
+    if Path(config_path).is_absolute() or ".." in Path(config_path).parts:
+        raise UserError(f"config {config_path!r} lies outside of job.working_dir; name it relative to that folder")
+    for file in () if config.job.image else (config_path, f"jobs/{script}.py"):
+        if not (Path(config.job.working_dir) / file).exists():
+            raise UserError(
+                f"job.working_dir {config.job.working_dir!r} has no {file}, which the job reads; set it to a checkout "
+                "of rayinterp"
+            )
+
+
+def connect(address: str) -> JobSubmissionClient:
+    """The job server of a cluster.
+
+    Raises:
+        UserError: nobody answers there.
+    """
+    try:
+        return JobSubmissionClient(address)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"no job server answers at {address!r} ({first_line}); `ray dashboard cluster/aws.yaml` opens a tunnel to "
+            "one, `ray start --head` starts one on this machine"
+        ) from None
+
+
+def submit(client: JobSubmissionClient, config: RunConfig, config_path: str, script: str, arguments: list[str]) -> str:
+    """Starts the job; returns its submission id.
+
+    Args:
+        script: The entry point in jobs/, e.g. run.
+        arguments: Its own.
+
+    Raises:
+        UserError: what `check_job` finds, or another job at work on the run directory.
+    """
+    check_job(config, config_path, script)
+    for job in client.list_jobs():
+        if not job.status.is_terminal() and (job.metadata or {}).get("run_dir") == config.run_dir:
+            raise UserError(
+                f"job {job.submission_id} is at work on run_dir {config.run_dir!r}; follow it with `ray job logs "
+                f"--follow {job.submission_id}`, or end it with `ray job stop {job.submission_id}` and submit again"
+            )
+    return client.submit_job(
+        entrypoint=entrypoint(script, arguments),
+        runtime_env=runtime_env(config.job),
+        metadata={"run_dir": config.run_dir, "run": config.name, "config": config_path, "job": script},
+        submission_id=f"{re.sub(r'[^a-zA-Z0-9]+', '-', config.name)}-{script}-{uuid.uuid4().hex[:6]}",
+    )
+
+
+def follow(client: JobSubmissionClient, submission_id: str, say: Callable[[str], None]) -> JobStatus:
+    """Hands the job's log over as it grows; returns how it ended. To stop following ends nothing on the cluster."""
+
+    async def tail() -> None:
+        async for text in client.tail_job_logs(submission_id):
+            say(text)
+
+    asyncio.run(tail())
+    return client.get_job_status(submission_id)

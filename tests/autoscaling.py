@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +213,36 @@ def main(folder: str, trace: str) -> None:
             ray.shutdown()
         finally:
             cluster.end(temporary)
+
+
+def draw(trace: Path, figure: Path) -> None:
+    """Nodes against time, with the stages below."""
+    from matplotlib.figure import Figure
+
+    content = json.loads(trace.read_text())
+    looks = content["trace"]
+    seconds = [look["seconds"] for look in looks]
+    canvas = Figure(figsize=(9, 3), layout="constrained")
+    axes = canvas.subplots()
+    for name, style in zip(NODE_TYPES, ("-", "--"), strict=True):
+        axes.step(seconds, [look[name] for look in looks], style, where="post", label=f"{name} nodes")
+    begun = [look for before, look in pairwise([{"stage": ""}, *looks]) if look["stage"] != before["stage"]]
+    for place, look in enumerate(begun):
+        axes.axvline(look["seconds"], color="0.85", zorder=0)
+        axes.text(look["seconds"] + 0.5, MAX_NODES + 0.65 - 0.2 * (place % 2), look["stage"], size=8, color="0.4")
+    for mark in content["marks"]:
+        axes.annotate(
+            mark["what"],
+            (mark["seconds"], MAX_NODES),
+            (mark["seconds"], MAX_NODES - 0.6),
+            size=8,
+            arrowprops={"arrowstyle": "->"},
+        )
+    axes.set(
+        xlabel="seconds", ylabel="nodes", ylim=(0, MAX_NODES + 0.9), xlim=(0, seconds[-1]), yticks=range(MAX_NODES + 1)
+    )
+    axes.legend(loc="center left", fontsize=8)
+    canvas.savefig(figure, dpi=150)
 
 
 if __name__ == "__main__":

@@ -4,14 +4,16 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from rayinterp.tables import Tables
-from tests.autoscaling import MAX_NODES
+from tests.autoscaling import MAX_NODES, draw
 from tests.conftest import copy_upstream
 from tests.tables_equal import assert_tables_equal
 
+FIGURE = Path("build") / "autoscaling.png"
 MADE_AGAIN = ("activations", "saes", "features", "records", "record_counts", "holistic")
 
 
@@ -27,6 +29,8 @@ def test_nodes_come_with_work_and_leave_without_it(planted_run, tmp_path):
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800)
     assert result.returncode == 0, result.stderr[-3000:]
     looks = json.loads(trace.read_text())["trace"]
+    FIGURE.parent.mkdir(exist_ok=True)
+    draw(trace, FIGURE)
 
     def most(name: str, stage: str) -> int:
         return max(look[name] for look in looks if look["stage"] == stage)

@@ -124,12 +124,14 @@ def main(folder: str, fault: str, stages: list[str]) -> None:
         def on_progress(done: int, total: int, note: Any = "") -> None:
             if stage != struck_stage or not waiting or done >= total or (stage == "harvest" and not done):
                 return
+            if fault.startswith("driver"):
+                say(f"struck {fault} at {done} of {total}")
             try:
-                say(f"striking {fault} at {done} of {total}")
                 waiting[0](cluster)
             except LookupError:  # it has not started yet
                 return
             waiting.clear()
+            say(f"struck {fault} at {done} of {total}")
 
         return on_progress
 

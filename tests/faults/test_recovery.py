@@ -66,7 +66,7 @@ def recover(folder: str, fault: str, stages: list[str], **environment: str) -> d
     """Runs with the fault, then without it until it comes to its end; what happened."""
     began = time.monotonic()
     code, printed, said = end(start(folder, fault, stages, **environment))
-    assert fault == "none" or "striking" in printed, said
+    assert fault == "none" or "struck" in printed, said
     outcome: dict[str, object] = {"printed": printed.strip().splitlines()}
     ended = []
     while code != 0:

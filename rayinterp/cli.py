@@ -38,6 +38,7 @@ console = Console()
 
 DAMAGE_SHOWN = 5
 DEMO_CONFIG = "configs/demo.yaml"
+TARGETS = "folder, s3://..., gs://..., hf://datasets/OWNER/NAME or wandb://ENTITY/PROJECT/NAME"
 
 ConfigPath = Annotated[str, typer.Argument(help="YAML file, e.g. configs/demo.yaml", metavar="CONFIG")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value ...", metavar="[KEY=VALUE]...")]
@@ -310,6 +311,48 @@ def experiment(
     written = write_experiment(name, run_config, tables)
     console.print(f"\nFigures: {', '.join(written.figures)}", soft_wrap=True, highlight=False)
     console.print(f"The page, for a browser:      [bold]{written.page}[/bold]", soft_wrap=True)
+
+
+@app.command()
+def push(
+    run: Annotated[str, typer.Argument(help="run directory", metavar="RUN")],
+    target: Annotated[str, typer.Argument(help=TARGETS, metavar="TARGET")],
+    only_records: Annotated[
+        bool, typer.Option("--only-records", help="corpus to records alone: what searches start from")
+    ] = False,
+) -> None:
+    """Bring a run directory to where others can pull it from; what is there already is not sent again."""
+    from rayinterp.share import push as push_run
+
+    with _one_bar("push") as advance_to:
+        moved = push_run(run, target, only_records, advance_to)
+    console.print(f"Pushed {_counted(moved)}. To get it elsewhere:  rayinterp pull {target} RUN", soft_wrap=True)
+
+
+@app.command()
+def pull(
+    target: Annotated[str, typer.Argument(help=TARGETS, metavar="TARGET")],
+    run: Annotated[str, typer.Argument(help="run directory, new or with a part of it", metavar="RUN")],
+) -> None:
+    """Bring a pushed run into a run directory, every file checked by its hash."""
+    from rayinterp.share import pull as pull_run
+
+    with _one_bar("pull") as advance_to:
+        moved = pull_run(target, run, advance_to)
+    console.print(f"Pulled {_counted(moved)}. To go on from there:  rayinterp run CONFIG run_dir={run}", soft_wrap=True)
+
+
+@contextmanager
+def _one_bar(name: str) -> Iterator[Callable[..., None]]:
+    with ExitStack() as stack:
+        display = stack.enter_context(_Bars()) if console.is_terminal else _Lines()
+        display.begin(name)
+        yield display.advance_to
+
+
+def _counted(moved: Any) -> str:
+    skipped = f", {moved.num_skipped:,} were there" if moved.num_skipped else ""
+    return f"{moved.num_files:,} files, {moved.num_bytes / 1e6:,.1f} MB{skipped}"
 
 
 @app.command()

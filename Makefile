@@ -3,11 +3,12 @@
 PYTHON ?= python3.11
 VENV := .venv
 VLLM_VENV := .venv-vllm
+AUDIT_VENV := .venv-audit
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo experiments experiments-embedded test test-slow test-faults test-vllm lint types bench saes clean
+.PHONY: demo experiments experiments-embedded test test-slow test-faults test-vllm lint types audit bench saes clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not installed; name a Python of 3.11 or later: make PYTHON=python3"; exit 1; }
@@ -64,6 +65,14 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	$(BIN)/pyright
 
+# Asks a vulnerability service about every pinned version: no part of CI, since it needs one.
+audit:
+	@test -x $(AUDIT_VENV)/bin/pip-audit || { $(PYTHON) -m venv $(AUDIT_VENV) && $(AUDIT_VENV)/bin/pip install --quiet pip-audit; }
+	@$(AUDIT_VENV)/bin/pip-audit --strict --disable-pip --no-deps --progress-spinner off --requirement constraints.txt || { \
+		echo "The audit did not pass: either a vulnerability is listed above, or the service could not be asked about a package"; \
+		echo "(no network, or an index without vulnerability data); then nothing is known of the packages."; \
+		exit 1; }
+
 # make bench [NAME=...]
 bench: $(INSTALLED)
 	$(BIN)/python -m tests.benchmarks $(NAME)
@@ -73,4 +82,4 @@ saes: $(INSTALLED)
 	$(BIN)/python jobs/train_saes.py
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) build runs
+	rm -rf $(VENV) $(VLLM_VENV) $(AUDIT_VENV) build runs

@@ -38,6 +38,7 @@ console = Console()
 
 DAMAGE_SHOWN = 5
 DEMO_CONFIG = "configs/demo.yaml"
+TARGETS = "folder, s3://..., gs://..., hf://datasets/OWNER/NAME or wandb://ENTITY/PROJECT/NAME"
 
 ConfigPath = Annotated[str, typer.Argument(help="YAML file, e.g. configs/demo.yaml", metavar="CONFIG")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value ...", metavar="[KEY=VALUE]...")]
@@ -151,9 +152,14 @@ def _warn_of_damage(tables: Tables) -> None:
     places = damaged(tables)
     if places:
         more = [f"and {len(places) - DAMAGE_SHOWN} more"] if len(places) > DAMAGE_SHOWN else []
-        listed = "".join(f"\n          {place}" for place in [*places[:DAMAGE_SHOWN], *more])
+        listed = "".join(f"\n          {place}" for place in [*map(_printable, places[:DAMAGE_SHOWN]), *more])
         warning = f"[yellow] warning[/yellow]  left out, all of it is in the table corpus_files:{escape(listed)}"
         console.print(warning, highlight=False, soft_wrap=True)
+
+
+def _printable(text: str) -> str:
+    """A file's name as a terminal may be shown it: whoever named the file must not steer the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _say_where(config: RunConfig, config_path: str, overrides: list[str] | None, seconds: float) -> None:
@@ -195,13 +201,16 @@ def plan(
         list[str] | None,
         typer.Option(help="parameters of a model that cannot be reached: 9.2e9, or simulators.qwen.model=4e9"),
     ] = None,
+    cores: Annotated[
+        int | None, typer.Option(min=1, help="CPU cores of the cluster; this machine's if left out")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="the numbers alone, for programs")] = False,
 ) -> None:
     """Estimate what a run will cost, by stage: tokens, calls, time, GPU-hours, disk, dollars. Starts nothing."""
-    _show_plan(load_config(config, overrides), params, as_json)
+    _show_plan(load_config(config, overrides), params, cores, as_json)
 
 
-def _show_plan(run_config: RunConfig, params: list[str] | None, as_json: bool) -> None:
+def _show_plan(run_config: RunConfig, params: list[str] | None, cores: int | None, as_json: bool) -> None:
     _quiet()
     from rayinterp.plan import assumptions, plan_run
     from rayinterp.plan_table import plan_as_json, show_plan
@@ -209,7 +218,7 @@ def _show_plan(run_config: RunConfig, params: list[str] | None, as_json: bool) -
 
     given = parse_params(params or [])
     with nullcontext() if as_json else console.status("looking up how large the models are"):
-        sizes = measure(run_config, given)
+        sizes = measure(run_config, given, cores)
     planned, said = plan_run(run_config, sizes), assumptions(run_config, sizes)
     if as_json:
         typer.echo(plan_as_json(run_config, planned, said))
@@ -300,7 +309,7 @@ def experiment(
 
     run_config = config_for(name, run_config)
     if plan_only:
-        _show_plan(run_config, params, as_json=False)
+        _show_plan(run_config, params, cores=None, as_json=False)
         return
     from rayinterp.run import STAGES
 
@@ -347,6 +356,48 @@ def submit(
         return
     if status != "SUCCEEDED":
         raise UserError(f"job {job} ended as {status}; what is committed is kept: submit again with the same command")
+
+
+@app.command()
+def push(
+    run: Annotated[str, typer.Argument(help="run directory", metavar="RUN")],
+    target: Annotated[str, typer.Argument(help=TARGETS, metavar="TARGET")],
+    only_records: Annotated[
+        bool, typer.Option("--only-records", help="corpus to records alone: what searches start from")
+    ] = False,
+) -> None:
+    """Bring a run directory to where others can pull it from; what is there already is not sent again."""
+    from rayinterp.share import push as push_run
+
+    with _one_bar("push") as advance_to:
+        moved = push_run(run, target, only_records, advance_to)
+    console.print(f"Pushed {_counted(moved)}. To get it elsewhere:  rayinterp pull {target} RUN", soft_wrap=True)
+
+
+@app.command()
+def pull(
+    target: Annotated[str, typer.Argument(help=TARGETS, metavar="TARGET")],
+    run: Annotated[str, typer.Argument(help="run directory, new or with a part of it", metavar="RUN")],
+) -> None:
+    """Bring a pushed run into a run directory, every file checked by its hash."""
+    from rayinterp.share import pull as pull_run
+
+    with _one_bar("pull") as advance_to:
+        moved = pull_run(target, run, advance_to)
+    console.print(f"Pulled {_counted(moved)}. To go on from there:  rayinterp run CONFIG run_dir={run}", soft_wrap=True)
+
+
+@contextmanager
+def _one_bar(name: str) -> Iterator[Callable[..., None]]:
+    with ExitStack() as stack:
+        display = stack.enter_context(_Bars()) if console.is_terminal else _Lines()
+        display.begin(name)
+        yield display.advance_to
+
+
+def _counted(moved: Any) -> str:
+    skipped = f", {moved.num_skipped:,} were there" if moved.num_skipped else ""
+    return f"{moved.num_files:,} files, {moved.num_bytes / 1e6:,.1f} MB{skipped}"
 
 
 @app.command()

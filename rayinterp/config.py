@@ -43,6 +43,24 @@ NOT_FROZEN = ("subject.device", "subject.device_map", "subject.compile", "subjec
 """Fields in them that change no table."""
 
 
+def without_secret(url: str) -> str:
+    """The address as it is, if nothing in it is secret: it goes into run.yaml, logs, reports and error messages.
+
+    Raises:
+        ValueError: it has a password or a query; what is refused is not repeated.
+    """
+    for part in url.split("::"):
+        scheme, sign, rest = part.partition("://")
+        user, at, _ = rest.split("/")[0].rpartition("@")
+        # A user alone names a container in some stores; on the web it may be a token.
+        if sign and ("?" in rest or ":" in user or (at and scheme.startswith("http"))):
+            raise ValueError(
+                f"holds a password or a query ({scheme}://...), which would end up in run.yaml and logs; leave it out, "
+                "and give keys the way that the storage's own tools read them: its environment variables or profile"
+            )
+    return url
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
 
@@ -108,7 +126,7 @@ class SubjectConfig(_Section):
 
 
 class CorpusConfig(_Section):
-    dataset: str
+    dataset: Annotated[str, AfterValidator(without_secret)]
     """Hugging Face dataset, local file or folder (jsonl[.zst|.gz], parquet, txt), a URL (`s3://`, `gs://`, `hf://`) of
     such a folder, `embedded`, or `planted` and `planted/language` for the subjects of these names."""
     reader: Literal["files", "datasets"] = "files"
@@ -667,7 +685,9 @@ class RunConfig(_Section):
     name: str = Field(min_length=1)
     """Shown in the report."""
     run_dir: Annotated[
-        str, AfterValidator(lambda run_dir: run_dir if "://" in run_dir else str(Path(run_dir).expanduser()))
+        str,
+        AfterValidator(without_secret),
+        AfterValidator(lambda run_dir: run_dir if "://" in run_dir else str(Path(run_dir).expanduser())),
     ]
     """Where the tables, run.yaml, manifest.json and the report go: a path, `s3://...` or `gs://...`."""
     seed: int = 0

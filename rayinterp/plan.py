@@ -113,7 +113,7 @@ class Sizes(NamedTuple):
     """What a plan needs to know beside the config; NaN or absent is unknown."""
 
     num_cores: int
-    """Of the machine, for the stages without GPUs."""
+    """Of the machine or cluster, for the stages without GPUs."""
     saes: SaeSizes
     models: dict[str, ModelSize]
     """By the config's field: subject.model, index.embedder, simulators.<name>.model, ..."""
@@ -196,7 +196,7 @@ def _smallest(*values: float) -> float:
 
 
 def speed(kind: str, config: RunConfig, resources: PoolResources, sizes: Sizes) -> float:
-    """FLOP/s of a stage: of its GPUs, or of one machine's cores, however many actors share them."""
+    """FLOP/s of a stage: of its GPUs, or of all cores, however many actors share them."""
     if resources.num_gpus:
         peak = config.resources.gpu_tflops * 1e12
         return resources.most_actors * resources.num_gpus * peak * _value(f"gpu {kind}")
@@ -503,9 +503,13 @@ def llm_seconds(config: RunConfig, sizes: Sizes, name: str, calls: Calls, num_fe
     if arm.provider == "scripted" or not calls.num_calls:
         return 0
     if arm.provider == "openai":
-        at_once = _smallest(num_features, config.resources.search.num_actors * config.resources.searches_per_actor)
+        actors = config.resources.search.num_actors
+        slots = max(arm.max_concurrency // actors, 1) * actors  # as the actors share them
+        at_once = _smallest(num_features, actors * config.resources.searches_per_actor, slots)
         writing = calls.completion_tokens / _value("endpoint writing")
-        return (calls.num_calls * _value("endpoint start") + writing) / _largest(at_once, 1)
+        answering = (calls.num_calls * _value("endpoint start") + writing) / _largest(at_once, 1)
+        beginning = 60 * calls.num_calls / arm.requests_per_minute if arm.requests_per_minute else 0
+        return _largest(answering, beginning)
     model = sizes.model(f"llms.{name}.model")
     reading = 2 * model.num_params * calls.prompt_tokens / speed("llm", config, replicas, sizes)
     if replicas.num_gpus:
@@ -729,7 +733,7 @@ def assumptions(config: RunConfig, sizes: Sizes) -> list[str]:
     said = [
         *sizes.notes,
         "every feature is live and finds all its records; every search makes all its rounds and every answer parses",
-        f"without GPUs: {sizes.num_cores} cores, as here, at the speeds measured on two (AVX2, fp32)",
+        f"without GPUs: {sizes.num_cores} cores, at the speeds measured on two (AVX2, fp32)",
     ]
     gpu_stages = [name for name in ("harvest", "index", "simulator", "llm") if getattr(config.resources, name).num_gpus]
     if gpu_stages:

@@ -258,6 +258,8 @@ def run_records(
     blocks = [ids[start : start + BLOCK] for start in range(0, len(ids), BLOCK)]
     left = [block for block in blocks if not finished.issuperset(str(feature) for feature, _ in block)]
     if left:
+        # By a run that ended between the two tables; what nobody has begun need not be looked for on each commit.
+        begun = tables.distinct("records", "feature_key") | finished
         corpus, neighbours = ray.put(load_corpus(tables)), ray.put({})
         if "neighbour" in config.records.complementary:
             neighbours = ray.remote(decoder_neighbours).remote(config.subject.model, sources, features)
@@ -273,9 +275,10 @@ def run_records(
             (ready,), _ = ray.wait(list(waiting), num_returns=1)
             block = waiting.pop(ready)
             records, counts = ray.get(ready)
+            write = tables.add if begun.isdisjoint(str(feature) for feature, _ in block) else tables.append
             # The counts go last: they mark the features as finished.
-            tables.append("records", records)
-            tables.append("record_counts", counts)
+            write("records", records)
+            write("record_counts", counts)
             done += len(block)
             progress(done, len(ids))
     if tables.exists("records") and not tables.is_finished("records"):

@@ -37,6 +37,8 @@ NUM_LEVELS = 10
 
 _PICTURES = {**{code: 0x2400 + code for code in range(32)}, 9: "⇥", 10: "⏎", 127: 0x2421}
 _PICTURES |= dict.fromkeys(range(128, 160), "�")
+# Marks that turn the direction of writing: what follows one is read as something else than it is.
+_PICTURES |= dict.fromkeys([0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)], "�")
 
 
 _ROWS_BY_FEATURE = (
@@ -131,7 +133,7 @@ class Card(NamedTuple):
 
 
 def visible(text: str) -> str:
-    """Text on one line, with newlines, tabs and control characters as pictures: ⏎ ⇥ ␀."""
+    """Text on one line, with newlines, tabs and control characters as pictures: ⏎ ⇥ ␀. A terminal may be shown it."""
     return text.translate(_PICTURES)
 
 

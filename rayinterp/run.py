@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -162,7 +163,13 @@ def connected(config: RunConfig) -> Iterator[None]:
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # its bars are off, as asked
     address = config.resources.address or os.environ.get("RAY_ADDRESS")
-    ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, ignore_reinit_error=True)
+    context = ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, ignore_reinit_error=True)
+    if is_open(context.dashboard_url):
+        warnings.warn(
+            f"the cluster's dashboard and job server answer at {context.dashboard_url}: whoever reaches that may run "
+            "code on the cluster. Start Ray with --dashboard-host=127.0.0.1; docs/security.md says how to reach it",
+            stacklevel=2,
+        )
     try:
         if address is None:
             check_gpus(config)
@@ -172,6 +179,12 @@ def connected(config: RunConfig) -> Iterator[None]:
             _stop_services(config)
         finally:
             ray.shutdown()
+
+
+def is_open(dashboard_url: str | None) -> bool:
+    """Whether a dashboard (`host:port`; empty for none) answers beyond its own machine."""
+    host = (dashboard_url or "").rpartition(":")[0].strip("[]")
+    return host not in ("", "localhost", "127.0.0.1", "::1")
 
 
 def check_gpus(config: RunConfig) -> None:

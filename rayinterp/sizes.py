@@ -38,11 +38,12 @@ REACH_SECONDS = 3
 """What the hub may take to answer; its own client would try again for 23 s for each model."""
 
 
-def measure(config: RunConfig, params: Mapping[str, float] | None = None) -> Sizes:
+def measure(config: RunConfig, params: Mapping[str, float] | None = None, num_cores: int | None = None) -> Sizes:
     """Sizes of all models that a config names.
 
     Args:
         params: Numbers of parameters by field (`subject.model`, `simulators.<name>.model`, ...), which come first.
+        num_cores: Of the cluster; this machine's where left out.
 
     Raises:
         UserError: `params` names no model of this config, or an embedded model's package is missing.
@@ -72,7 +73,7 @@ def measure(config: RunConfig, params: Mapping[str, float] | None = None) -> Siz
             f"unknown size, since no config can be read here: {', '.join(unknown)}; give their numbers of parameters, "
             f"e.g. --params {unknown[0].split()[0]}=9.2e9",
         )
-    return Sizes(os.cpu_count() or 1, saes, sizes, tuple(notes))
+    return Sizes(num_cores or os.cpu_count() or 1, saes, sizes, tuple(notes))
 
 
 def models_of(config: RunConfig) -> dict[str, tuple[str, str | None]]:

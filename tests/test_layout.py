@@ -11,7 +11,7 @@ ROOT = Path(rayinterp.__file__).parent
 
 ORDER = [
     "errors", "progress", "config", "pools", "tables", "explanation", "embedded", "prompts", "simulate.simulator",
-    "usage", "plan", "plan_table",
+    "usage", "share", "plan", "plan_table",
     "hook_points", "saes", "subject", "planted_language", "planted",
     "documents", "corpus", "postings", "harvest", "nearest", "projection",
     "sources", "index", "sizes", "records", "retrieve", "holistic", "score", "complexity", "controls", "simulate",

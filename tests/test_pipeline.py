@@ -127,6 +127,15 @@ def test_the_tables_do_not_depend_on_workers(planted_run, tmp_path, monkeypatch)
     assert_tables_equal(planted_run.tables, other.tables, UPSTREAM_TABLES)
 
 
+def test_a_block_of_records_that_was_begun_is_written_once(planted_run, tmp_path):
+    """As after a kill between its records and the counts that mark it as finished."""
+    folder = copy_upstream(planted_run, tmp_path / "run")
+    tables = Tables(str(folder))
+    tables.delete("record_counts", "feature >= 0")
+    run_stage(open_run(planted_config(folder)), "records")
+    assert_tables_equal(planted_run.tables, tables, ("records", "record_counts"))
+
+
 def test_another_explainer_pays_only_for_itself(planted_run, tmp_path):
     folder = copy_of(planted_run, tmp_path)
     before = Tables(str(folder)).count("explanations")

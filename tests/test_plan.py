@@ -359,3 +359,24 @@ def test_max_calls_ends_a_further_scorer_at_whole_features():
     one = {"method": "intruder", "llm": "writer", "max_records": 5}
     score = stages(llms={"writer": writer, "own": {"provider": "local", "model": "o"}}, score={"scorers": {"i": one}})
     assert score["score"].llm_calls == 15 * (100 // 30)
+
+
+def test_an_endpoint_is_no_faster_than_its_limits_allow():
+    def seconds(searches, **limits):
+        llms = {"writer": {"provider": "openai", "model": "w", **PRICES, **limits}}
+        explainers = {"one": {"method": "one_shot", "llm": "writer", "simulator": "late"}}
+        resources = {"search": {"num_actors": 10}, "searches_per_actor": searches}
+        planned = stages(SIZES._replace(num_cores=10**6), llms=llms, explainers=explainers, resources=resources)
+        return planned["explain"].seconds - START_SECONDS["explain"]
+
+    one_call = CONSTANTS["endpoint start"].value + 100 / CONSTANTS["endpoint writing"].value
+    assert seconds(10, max_concurrency=20) == pytest.approx(100 * one_call / 20)
+    assert seconds(1, max_concurrency=20) == pytest.approx(100 * one_call / 10), "ten searches are under way"
+    assert seconds(10, max_concurrency=1) == pytest.approx(100 * one_call / 10), "each actor may make one call"
+    assert seconds(10, max_concurrency=1000, requests_per_minute=2) == pytest.approx(100 * 30)
+
+
+def test_the_cores_of_a_cluster_can_be_given():
+    config = config_of()
+    assert measure(config, {"subject.model": 5e9}, num_cores=640).num_cores == 640
+    assert stages(SIZES._replace(num_cores=640))["records"].seconds < stages()["records"].seconds / 3

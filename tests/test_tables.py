@@ -36,6 +36,15 @@ def test_a_key_that_comes_twice_in_one_batch_is_written_once(tmp_path):
         assert tables.read("llm_calls")["response"].to_pylist() == ["a"] * expected
 
 
+def test_rows_can_be_added_without_a_look_at_keys(tmp_path):
+    tables = Tables(str(tmp_path))
+    for n in (1, 2):
+        tables.add("llm_calls", [call(n, response="a")])
+    assert tables.read("llm_calls")["request_hash"].to_pylist() == ["1", "2"]
+    tables.append("llm_calls", [call(2), call(3)])
+    assert tables.count("llm_calls") == 3
+
+
 def test_a_committer_keeps_its_tables_compact(tmp_path, monkeypatch):
     monkeypatch.setattr("rayinterp.tables.COMMITS_BETWEEN_COMPACTIONS", 5)
     tables = Tables(str(tmp_path))

@@ -169,7 +169,7 @@ def connected(config: RunConfig) -> Iterator[None]:
         yield
     finally:
         try:
-            _stop_services(config)
+            stop_services(config)
         finally:
             ray.shutdown()
 
@@ -189,9 +189,10 @@ def check_gpus(config: RunConfig) -> None:
             )
 
 
-def _stop_services(config: RunConfig) -> None:
-    """Takes down this run's Serve apps; on a cluster that others use, theirs stay."""
-    ours = {service_name("simulator", name, config) for name in config.simulators}
+def stop_services(config: RunConfig) -> None:
+    """Takes down this run's Serve apps; on a cluster that others use, theirs stay, and those that are shared."""
+    standing = config.resources.standing
+    ours = {service_name("simulator", name, config) for name in config.simulators if name not in standing}
     ours |= {service_name("llm", name, config) for name in config.llms}
     for app in ours & set(serve.status().applications):
         serve.delete(app, _blocking=False)  # a replica may take minutes to answer what it has
@@ -201,11 +202,8 @@ def deploy(run: Run, simulators: set[str], llms: set[str]) -> None:
     """Starts the Serve apps that a stage needs and that do not run yet."""
     config = run.config
     for name in sorted(simulators):
-        arm, resources = config.simulators[name], config.resources.simulator
-        if not isinstance(arm, LLMSimulatorConfig):
-            resources = resources.model_copy(update={"num_gpus": 0})
         app = service_name("simulator", name, config)
-        deploy_simulator(name, arm, resources, app)
+        deploy_simulator(name, config.simulators[name], config.resources.simulator, app)
     for name in sorted(llms):
         if config.llms[name].provider == "local":
             deploy_llm(service_name("llm", name, config), config.llms[name], config.resources.llm)

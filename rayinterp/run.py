@@ -49,7 +49,7 @@ from rayinterp.holistic import run_holistic
 from rayinterp.index import run_index
 from rayinterp.plan import by_stage, plan_run
 from rayinterp.preflight import Prepared, prepare
-from rayinterp.progress import Progress, silent
+from rayinterp.progress import Progress, Published, silent
 from rayinterp.rating import run_complexity, unrated
 from rayinterp.records import run_records
 from rayinterp.report import write_report
@@ -347,7 +347,8 @@ def run_stage(run: Run, stage: str, progress: Progress = silent) -> dict[str, in
     context.raise_original_map_exception = True  # so that a worker's UserError reaches the user as one
     try:
         with Meter(run.config, stage, lambda: service_gpus(run.config)) as meter:
-            counts = _RUNNERS[stage](run, meter.within_budget(progress, dollars_spent(run.tables)), meter)
+            told = Published(run.config.name, stage, progress)
+            counts = _RUNNERS[stage](run, meter.within_budget(told, dollars_spent(run.tables)), meter)
     except RayActorError as error:
         said = str(error).strip().splitlines()[-1]
         raise UserError(

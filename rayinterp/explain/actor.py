@@ -155,6 +155,9 @@ class SearchActor:
         self._spent = Spent()
         self._stopping = False
 
+    def __repr__(self) -> str:  # on Ray's dashboard and in its logs
+        return f"SearchActor({self._config.name})"
+
     async def spent(self) -> Spent:
         """What this actor has asked for since it was started."""
         return self._spent

@@ -628,6 +628,9 @@ class ResourcesConfig(_Section):
     score: StageResources = StageResources(num_cpus=0.5)
     simulator: ServiceResources = ServiceResources(num_cpus=0.1)
     llm: ServiceResources = ServiceResources(num_cpus=0.1)
+    standing: tuple[str, ...] = ()
+    """Simulator arms whose services runs of other directories share: found on the cluster or started there, and left
+    standing."""
     searches_per_actor: int = Field(default=8, gt=0)
     """Features that one search actor works on at the same time."""
     max_outage_seconds: float = Field(default=600, ge=0)
@@ -728,6 +731,8 @@ class RunConfig(_Section):
                 _must_exist(f"explainers.{name}.llm", explainer.llm, self.llms)
         for simulator in self.score.simulators:
             _must_exist("score.simulators", simulator, self.simulators)
+        for simulator in self.resources.standing:
+            _must_exist("resources.standing", simulator, self.simulators)
         for name, scorer in self.score.scorers.items():
             if isinstance(scorer, JudgeConfig):
                 _must_exist(f"score.scorers.{name}.llm", scorer.llm, self.llms)
@@ -957,10 +962,11 @@ def content_of(arm: BaseModel) -> dict[str, Any]:
 
 def service_name(kind: Literal["simulator", "llm"], name: str, config: RunConfig) -> str:
     """The Serve app of an arm: runs that share a cluster have arms of the same names, and an arm may change, or its
-    replicas, or this package."""
+    replicas, or this package. One that stands across runs has no run directory in its name."""
     arm = (config.simulators if kind == "simulator" else config.llms)[name]
     replicas = getattr(config.resources, kind)
-    parts = (config.run_dir, arm.model_dump_json(), replicas.model_dump_json(), metadata.version("rayinterp"))
+    run_dir = "" if kind == "simulator" and name in config.resources.standing else config.run_dir
+    parts = (run_dir, arm.model_dump_json(), replicas.model_dump_json(), metadata.version("rayinterp"))
     content = " ".join(parts)
     return f"{kind}-{name}-{hashlib.sha256(content.encode()).hexdigest()[:6]}"
 

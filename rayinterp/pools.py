@@ -22,7 +22,7 @@ def map_units(
     Args:
         at_once: Units that one actor has in hand, each in a thread of its own.
     """
-    return ray.data.from_items(list(units), override_num_blocks=len(units)).map(
+    results = ray.data.from_items(list(units), override_num_blocks=len(units)).map(
         worker,  # pyright: ignore[reportArgumentType]
         fn_constructor_args=arguments,
         compute=ray.data.ActorPoolStrategy(
@@ -34,3 +34,5 @@ def map_units(
         num_cpus=resources.num_cpus,
         num_gpus=resources.num_gpus,
     )
+    results.set_name(worker.__name__)  # on Ray's dashboard
+    return results

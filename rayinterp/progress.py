@@ -20,33 +20,51 @@ def silent(done: int, total: int, note: str | dict[str, str] = "") -> None:
     """Progress that nobody watches."""
 
 
-class Throughput:
-    """Counts tokens of one stage since it started, and publishes what a progress bar shows as Ray metrics.
+class Published:
+    """A stage's progress, which Ray's metrics are told too, with the tags `run` and `stage`.
 
-    `rayinterp_units_done`, `rayinterp_units_total`, `rayinterp_tokens_per_second` and `rayinterp_seconds_left`, each
-    with the tags `run` and `stage`, stand on the dashboard and for Prometheus to scrape.
+    A stage may count units of one kind after those of another: the time left is that of the kind it is at.
     """
+
+    def __init__(self, run: str, stage: str, progress: Progress) -> None:
+        self._progress = progress
+        self._start, self._before, self._done, self._total = 0.0, 0, 0, -1
+        tags = {"run": run, "stage": stage}
+        self._units_done = Gauge("rayinterp_units_done", "Units of work finished.", tuple(tags))
+        self._units_total = Gauge("rayinterp_units_total", "Units of work in all.", tuple(tags))
+        self._seconds_left = Gauge("rayinterp_seconds_left", "Estimate from the mean speed so far.", tuple(tags))
+        for gauge in (self._units_done, self._units_total, self._seconds_left):
+            gauge.set_default_tags(tags)
+
+    def __call__(self, done: int, total: int, note: str | dict[str, str] = "") -> None:
+        if total != self._total or done < self._done:
+            self._start, self._before = time.monotonic(), done
+        self._done, self._total = done, total
+        self._units_done.set(done)
+        self._units_total.set(total)
+        if done == total:
+            self._seconds_left.set(0)
+        elif done > self._before:
+            elapsed = time.monotonic() - self._start
+            self._seconds_left.set(elapsed / (done - self._before) * (total - done))
+        self._progress(done, total, note)
+
+
+class Throughput:
+    """Counts the units and tokens of a stage since it started; `rayinterp_tokens_per_second` is its metric."""
 
     def __init__(self, run: str, stage: str, done: int, total: int) -> None:
         self._start, self._tokens = time.monotonic(), 0
-        self._before, self._done, self._total = done, done, total
+        self._done, self._total = done, total
         tags = {"run": run, "stage": stage}
-        self._gauges = {
-            name: Gauge(f"rayinterp_{name}", description, tuple(tags)).set_default_tags(tags)
-            for name, description in (
-                ("units_done", "Shards or files finished."),
-                ("units_total", "Shards or files in all."),
-                ("tokens_per_second", "Tokens per second since the stage started."),
-                ("seconds_left", "Estimate from the mean speed so far."),
-            )
-        }
-        self._publish()
+        self._rate = Gauge("rayinterp_tokens_per_second", "Tokens per second since the stage started.", tuple(tags))
+        self._rate.set_default_tags(tags)
 
     def add(self, units: int, tokens: int) -> None:
         """Takes note of finished work."""
         self._done += units
         self._tokens += tokens
-        self._publish()
+        self._rate.set(self.tokens_per_second)
 
     def report(self, progress: Progress) -> None:
         """Tells a progress display."""
@@ -55,12 +73,3 @@ class Throughput:
     @property
     def tokens_per_second(self) -> float:
         return self._tokens / max(time.monotonic() - self._start, 1e-9)
-
-    def _publish(self) -> None:
-        fresh = self._done - self._before
-        elapsed = time.monotonic() - self._start
-        self._gauges["units_done"].set(self._done)
-        self._gauges["units_total"].set(self._total)
-        self._gauges["tokens_per_second"].set(self.tokens_per_second)
-        if fresh:
-            self._gauges["seconds_left"].set(elapsed / fresh * (self._total - self._done))

@@ -50,7 +50,7 @@ from rayinterp.holistic import run_holistic
 from rayinterp.index import run_index
 from rayinterp.plan import by_stage, plan_run
 from rayinterp.preflight import Prepared, prepare
-from rayinterp.progress import Progress, silent
+from rayinterp.progress import Progress, Published, silent
 from rayinterp.rating import run_complexity, unrated
 from rayinterp.records import run_records
 from rayinterp.report import write_report
@@ -176,7 +176,7 @@ def connected(config: RunConfig) -> Iterator[None]:
         yield
     finally:
         try:
-            _stop_services(config)
+            stop_services(config)
         finally:
             ray.shutdown()
 
@@ -202,9 +202,10 @@ def check_gpus(config: RunConfig) -> None:
             )
 
 
-def _stop_services(config: RunConfig) -> None:
-    """Takes down this run's Serve apps; on a cluster that others use, theirs stay."""
-    ours = {service_name("simulator", name, config) for name in config.simulators}
+def stop_services(config: RunConfig) -> None:
+    """Takes down this run's Serve apps; on a cluster that others use, theirs stay, and those that are shared."""
+    standing = config.resources.standing
+    ours = {service_name("simulator", name, config) for name in config.simulators if name not in standing}
     ours |= {service_name("llm", name, config) for name in config.llms}
     for app in ours & set(serve.status().applications):
         serve.delete(app, _blocking=False)  # a replica may take minutes to answer what it has
@@ -214,11 +215,8 @@ def deploy(run: Run, simulators: set[str], llms: set[str]) -> None:
     """Starts the Serve apps that a stage needs and that do not run yet."""
     config = run.config
     for name in sorted(simulators):
-        arm, resources = config.simulators[name], config.resources.simulator
-        if not isinstance(arm, LLMSimulatorConfig):
-            resources = resources.model_copy(update={"num_gpus": 0})
         app = service_name("simulator", name, config)
-        deploy_simulator(name, arm, resources, app)
+        deploy_simulator(name, config.simulators[name], config.resources.simulator, app)
     for name in sorted(llms):
         if config.llms[name].provider == "local":
             deploy_llm(service_name("llm", name, config), config.llms[name], config.resources.llm)
@@ -362,7 +360,8 @@ def run_stage(run: Run, stage: str, progress: Progress = silent) -> dict[str, in
     context.raise_original_map_exception = True  # so that a worker's UserError reaches the user as one
     try:
         with Meter(run.config, stage, lambda: service_gpus(run.config)) as meter:
-            counts = _RUNNERS[stage](run, meter.within_budget(progress, dollars_spent(run.tables)), meter)
+            told = Published(run.config.name, stage, progress)
+            counts = _RUNNERS[stage](run, meter.within_budget(told, dollars_spent(run.tables)), meter)
     except RayActorError as error:
         said = str(error).strip().splitlines()[-1]
         raise UserError(

@@ -709,6 +709,9 @@ class FragmentCommitter:
         self._num_commits = 0
         self._last_commit = time.monotonic()
 
+    def __repr__(self) -> str:  # on Ray's dashboard and in its logs
+        return f"FragmentCommitter({self._table})"
+
     def add(self, unit: int, fragments: list[str]) -> list[int]:
         """Takes a unit; returns those that this call made visible, or that were so already."""
         if unit in self._done:
@@ -754,6 +757,9 @@ class Committer:
         self._writer = ThreadPoolExecutor(1)
         self._writing: tuple[Future[None], dict[str, list[dict[str, Any]]]] | None = None
         self._last_flush = time.monotonic()
+
+    def __repr__(self) -> str:  # on Ray's dashboard and in its logs
+        return f"Committer({self._tables.root})"
 
     def add(self, rows: dict[str, list[dict[str, Any]]]) -> None:
         """Takes rows by table; `rows` of one call become visible in the order of its tables."""

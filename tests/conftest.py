@@ -27,7 +27,14 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """A local Ray with two CPUs and no dashboard."""
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+        _system_config={"metrics_report_interval_ms": 1000},  # the tests' stages are shorter than the usual ten seconds
+    )
     yield
     from ray import serve
 

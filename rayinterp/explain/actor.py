@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 import ray
 from pydantic import SecretStr
+from ray.util.metrics import Counter
 
-from rayinterp.config import OneShotConfig, RunConfig, TreeConfig, llms_used, service_name, simulators_of
+from rayinterp.config import LLMConfig, OneShotConfig, RunConfig, TreeConfig, llms_used, service_name, simulators_of
 from rayinterp.explain.client import (
     Generate,
     Ledger,
@@ -80,6 +81,10 @@ def llm_keys(config: RunConfig) -> dict[str, SecretStr]:
 
 def make_client(name: str, config: RunConfig, key: SecretStr | None) -> Generate:
     """The client of one LLM arm in one of the search actors, which share its limits; `key` where it has an endpoint."""
+    return metered(_client(name, config, key), config.name, name, config.llms[name])
+
+
+def _client(name: str, config: RunConfig, key: SecretStr | None) -> Generate:
     llm = config.llms[name]
     if llm.provider == "local":
         return served_client(service_name("llm", name, config), config.resources.llm.timeout_seconds)
@@ -91,6 +96,34 @@ def make_client(name: str, config: RunConfig, key: SecretStr | None) -> Generate
     actors = config.resources.search.num_actors
     rate = llm.requests_per_minute / actors if llm.requests_per_minute else None
     return limited(openai_client(llm, key), max(llm.max_concurrency // actors, 1), rate)
+
+
+def metered(generate: Generate, run: str, name: str, llm: LLMConfig) -> Generate:
+    """A client whose calls are counted in Ray's metrics, with the tags `run` and `llm`."""
+    tags = {"run": run, "llm": name}
+    keys = tuple(tags)
+    calls = Counter("rayinterp_llm_calls", "LLM calls answered.", keys)
+    failures = Counter("rayinterp_llm_failures", "LLM calls that failed after all retries.", keys)
+    tokens = Counter("rayinterp_llm_tokens", "Tokens of answered calls.", (*keys, "kind"))
+    usd = Counter("rayinterp_llm_usd", "Dollars for answered calls, by the config's prices.", keys)
+    for metric in (calls, failures, tokens, usd):
+        metric.set_default_tags(tags)
+
+    async def counted(request: LLMRequest, feature_key: str) -> LLMReply:
+        try:
+            reply = await generate(request, feature_key)
+        except LLMError:
+            failures.inc()
+            raise
+        calls.inc()
+        for kind, count in (("prompt", reply.prompt_tokens), ("completion", reply.completion_tokens)):
+            if count:  # Ray refuses to count nothing
+                tokens.inc(count, {"kind": kind})
+        if cost := price(llm, reply):
+            usd.inc(cost)
+        return reply
+
+    return counted
 
 
 class CallFailedError(RuntimeError):
@@ -121,6 +154,9 @@ class SearchActor:
         self._ids = {name: arm_ids(config, name) for name in config.explainers}
         self._spent = Spent()
         self._stopping = False
+
+    def __repr__(self) -> str:  # on Ray's dashboard and in its logs
+        return f"SearchActor({self._config.name})"
 
     async def spent(self) -> Spent:
         """What this actor has asked for since it was started."""

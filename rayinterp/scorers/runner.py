@@ -254,9 +254,13 @@ class ScorerActor:
     ) -> None:
         self._config, self._tables, self._committer = config, tables, committer
         self._scorer, self._arm = config.score.scorers[name], scorer_id(config, name)
+        self._name = f"ScorerActor({config.name}, {name})"
         self._services = connect(config, tables, committer, name, key)
         if ray.get_runtime_context().was_current_actor_reconstructed:  # what was told to the one before is looked up
             ray.get(committer.flush.remote())
+
+    def __repr__(self) -> str:  # on Ray's dashboard and in its logs
+        return self._name
 
     async def score(self, work: ScorerWork, refused: str | None = None) -> Scored:
         """Rows of `scores` of one feature.

@@ -20,16 +20,18 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, cast
 
 import torch
+from pydantic import BaseModel, ConfigDict
 from ray import serve
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from rayinterp.config import LLMSimulatorConfig
+from rayinterp.config import LLMSimulatorConfig, load_config
 from rayinterp.errors import EngineError, UserError
 from rayinterp.harvest import torch_threads
 from rayinterp.simulate import load_simulator
 
 if TYPE_CHECKING:
     import numpy as np
+    from ray.serve import Application
     from ray.serve.handle import DeploymentHandle
 
     from rayinterp.config import ServiceResources, SimulatorConfig
@@ -214,12 +216,45 @@ class _Metrics:
 
 def deploy_simulator(name: str, config: SimulatorConfig, resources: ServiceResources, app: str) -> DeploymentHandle:
     """Starts the replicas of one simulator arm as a Serve app, unless they are there."""
-    bound = (
-        serve.deployment(SimulatorReplica)
-        .options(**replica_options(resources))
-        .bind(name, config, resources.most_actors)
-    )
-    return run_app(bound, app)
+    return run_app(bind_simulator(name, config, resources), app)
+
+
+def bind_simulator(name: str, config: SimulatorConfig, resources: ServiceResources) -> Application:
+    """The replicas of one simulator arm, not yet deployed; the arms without an LLM take no GPU."""
+    if not isinstance(config, LLMSimulatorConfig):
+        resources = resources.model_copy(update={"num_gpus": 0})
+    options = replica_options(resources)
+    return serve.deployment(SimulatorReplica).options(**options).bind(name, config, resources.most_actors)
+
+
+class StandingSimulator(BaseModel):
+    """Which simulator a Serve config file asks for: the `args` of `build_simulator`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    config: str
+    """Config file of the runs that share it."""
+    overrides: list[str] = []
+    """Their `key.path=value` overrides, as far as simulators and resources are concerned."""
+    simulator: str
+    """Its name in `simulators`."""
+
+
+def build_simulator(args: dict[str, Any]) -> Application:
+    """Serve's app builder for a simulator that stands before any run begins (`import_path` in a Serve config file).
+
+    Runs find the app by `service_name` where their `resources.standing` names the simulator.
+
+    Args:
+        args: A `StandingSimulator`, as plain data: Serve makes models of arguments by annotations alone, and those of
+            this module are strings.
+
+    Raises:
+        UserError: the config is wrong, or has no such simulator.
+    """
+    asked = StandingSimulator.model_validate(args)
+    config = load_config(asked.config, [*asked.overrides, f"resources.standing=[{asked.simulator}]"])
+    return bind_simulator(asked.simulator, config.simulators[asked.simulator], config.resources.simulator)
 
 
 def replica_options(resources: ServiceResources) -> dict[str, Any]:

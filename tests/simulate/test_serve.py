@@ -10,16 +10,31 @@ import pytest
 import ray
 from ray import serve
 from ray.exceptions import ActorDiedError, NodeDiedError, ObjectLostError
+from ray.serve.context import _get_global_client
 from ray.serve.exceptions import BackPressureError
+from ray.serve.schema import ServeDeploySchema
 
-from rayinterp.config import LateInteractionConfig, ServiceResources, TransformersSimulatorConfig, VllmSimulatorConfig
+from rayinterp.config import (
+    LateInteractionConfig,
+    ServiceResources,
+    TransformersSimulatorConfig,
+    VllmSimulatorConfig,
+    service_name,
+)
 from rayinterp.errors import EngineError, UserError
+from rayinterp.run import Run, deploy, stop_services
 from rayinterp.simulate import client
 from rayinterp.simulate.client import SimulatorClient, memo_id, read_simulations
-from rayinterp.simulate.serve import MERGED_TOKENS, SimulatorReplica, deploy_simulator, replica_options
+from rayinterp.simulate.serve import (
+    MERGED_TOKENS,
+    SimulatorReplica,
+    build_simulator,
+    deploy_simulator,
+    replica_options,
+)
 from rayinterp.simulate.simulator import NULL_EXPLANATIONS, RuleRequest, TokenSequence
 from rayinterp.tables import Committer, Tables
-from tests.conftest import planted_config
+from tests.conftest import CONFIGS, planted_config
 from tests.simulate.tiny_simulators import save_model
 
 SEQUENCES = (
@@ -228,6 +243,57 @@ async def test_replicas_that_are_killed_under_load_lose_no_request_and_change_no
     assert len(answers) >= 20 * num_kills
     for answer in answers:
         assert_same(answer, quiet)
+
+
+def standing_config(run_dir, *overrides):
+    """Runs of two directories whose one simulator stands across them."""
+    simulator = ["simulators.words={engine: late_interaction, embedder: embedded/minilm-l6}"]
+    return planted_config(run_dir, *simulator, "resources.standing=[words]", *overrides)
+
+
+async def test_a_simulator_of_a_serve_config_is_found_by_every_run_and_outlives_it(ray_session, tmp_path):
+    one, two = (standing_config(tmp_path / name) for name in ("one", "two"))
+    app = service_name("simulator", "words", one)
+    declared = {
+        "name": app,
+        "route_prefix": None,
+        "import_path": "rayinterp.simulate.serve:build_simulator",
+        "args": {
+            "config": str(CONFIGS / "planted.yaml"),
+            "overrides": ["simulators.words={engine: late_interaction, embedder: embedded/minilm-l6}"],
+            "simulator": "words",
+        },
+    }
+    serve.start(proxy_location="Disabled")
+    client = _get_global_client()
+    client.deploy_apps(ServeDeploySchema.model_validate({"applications": [declared]}))
+    while serve.status().applications[app].status != "RUNNING":  # the test's own time limit ends this
+        assert serve.status().applications[app].status != "DEPLOY_FAILED", serve.status().applications[app].message
+        await asyncio.sleep(0.5)
+    handle = serve.get_app_handle(app)
+    quiet = await handle.answer.remote(CANDIDATE)
+    deployed_at = serve.status().applications[app].last_deployed_time_s
+
+    for config in (one, two):
+        run = Run(config, Tables(config.run_dir), None)  # type: ignore[arg-type]
+        deploy(run, {"words", "oracle"}, set())
+        a_client = SimulatorClient("words", config, run.tables, None)
+        assert_same(await a_client.remembering()(CANDIDATE), quiet)
+        own = service_name("simulator", "oracle", config)
+        assert own in serve.status().applications
+        stop_services(config)
+        assert serve.status().applications[app].last_deployed_time_s == deployed_at
+        assert serve.status().applications.get(own) is None or serve.status().applications[own].status == "DELETING"
+    serve.delete(app)
+
+
+def test_a_standing_simulator_needs_all_that_it_is_told_by():
+    args = {"config": str(CONFIGS / "planted.yaml"), "simulator": "oracle"}
+    assert build_simulator(args)._bound_deployment.ray_actor_options["num_gpus"] == 0
+    with pytest.raises(ValueError, match="overides"):
+        build_simulator({**args, "overides": []})
+    with pytest.raises(UserError, match=r"resources\.standing is 'nobody'"):
+        build_simulator({**args, "simulator": "nobody"})
 
 
 def test_a_service_that_may_grow_is_steered_by_what_it_has_in_hand():

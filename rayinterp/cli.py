@@ -367,7 +367,7 @@ def push(
     ] = False,
 ) -> None:
     """Bring a run directory to where others can pull it from; what is there already is not sent again."""
-    from rayinterp.share import push as push_run
+    from rayinterp.share.push import push as push_run
 
     with _one_bar("push") as advance_to:
         moved = push_run(run, target, only_records, advance_to)
@@ -380,7 +380,7 @@ def pull(
     run: Annotated[str, typer.Argument(help="run directory, new or with a part of it", metavar="RUN")],
 ) -> None:
     """Bring a pushed run into a run directory, every file checked by its hash."""
-    from rayinterp.share import pull as pull_run
+    from rayinterp.share.pull import pull as pull_run
 
     with _one_bar("pull") as advance_to:
         moved = pull_run(target, run, advance_to)

@@ -13,11 +13,18 @@ import fsspec
 import pytest
 import yaml
 
-from rayinterp import share
 from rayinterp.config import to_yaml
 from rayinterp.errors import UserError
 from rayinterp.run import open_run, run_stage
-from rayinterp.share import LISTING, PART_LISTING, TABLES_TO_RECORDS, Folder, pull, push, safe_path
+from rayinterp.share import artifact as share_artifact
+from rayinterp.share import folder as share_folder
+from rayinterp.share import hub as share_hub
+from rayinterp.share import listing as share_listing
+from rayinterp.share.folder import Folder
+from rayinterp.share.listing import LISTING, PART_LISTING, safe_path
+from rayinterp.share.pull import pull
+from rayinterp.share.push import push
+from rayinterp.share.source import TABLES_TO_RECORDS
 from rayinterp.tables import SCHEMAS, Tables
 from rayinterp.usage import read_manifest
 from tests.conftest import CONFIGS, UPSTREAM_TABLES, planted_config
@@ -85,7 +92,7 @@ def test_a_whole_run_arrives_as_it_was(run, target, tmp_path):
     pulled = contents(tmp_path / "pulled")
     listing = json.loads(pulled.pop(LISTING))
     assert pulled == before
-    assert listing["format"] == share.FORMAT
+    assert listing["format"] == share_listing.FORMAT
     assert {f["path"]: (f["size"], f["sha256"]) for f in listing["files"]} == {
         path: (len(content), hashlib.sha256(content).hexdigest()) for path, content in before.items()
     }
@@ -117,7 +124,7 @@ def test_a_second_push_sends_what_is_new_and_takes_away_what_is_gone(run, target
 @pytest.fixture
 def breaks_after(monkeypatch):
     """After some more files, what copies them fails as a lost connection does."""
-    copy, copied = share.copy, []
+    copy, copied = share_folder.copy, []
 
     def arm(count):
         def failing(origin, file, folder):
@@ -127,9 +134,9 @@ def breaks_after(monkeypatch):
             copy(origin, file, folder)
 
         copied.clear()
-        monkeypatch.setattr(share, "copy", failing)
+        monkeypatch.setattr(share_folder, "copy", failing)
 
-    monkeypatch.setattr(share, "AT_ONCE", 1)
+    monkeypatch.setattr(share_folder, "AT_ONCE", 1)
     yield arm, copied
 
 
@@ -204,7 +211,7 @@ def test_a_damaged_file_is_named_and_nothing_of_it_kept(run, target, tmp_path, c
 
 def test_no_more_is_written_than_is_listed(run, target, tmp_path, monkeypatch):
     push(str(run), target)
-    monkeypatch.setattr(share, "CHUNK", 100)
+    monkeypatch.setattr(share_listing, "CHUNK", 100)
     filesystem, root = fsspec.core.url_to_fs(target)
     filesystem.pipe_file(f"{root}/report.html", b"x" * 10_000)
     written = []
@@ -303,19 +310,19 @@ def test_what_a_directory_has_done_since_is_not_overwritten(run, target, tmp_pat
 
 
 def test_a_table_that_is_written_to_meanwhile_is_noticed(run, target, tmp_path, monkeypatch):
-    copy = share.copy
+    copy = share_folder.copy
 
     def and_commit(origin, file, folder):
         copy(origin, file, folder)
         write(run, {"records.lance/_versions/2.manifest": b"version 2"})
 
-    monkeypatch.setattr(share, "copy", and_commit)
+    monkeypatch.setattr(share_folder, "copy", and_commit)
     with pytest.raises(UserError, match=r"changed while it was pushed \(records.lance/_versions/2.manifest\)"):
         push(str(run), target)
     with pytest.raises(UserError, match="push again"):
         pull(target, str(tmp_path / "pulled"))
     monkeypatch.setattr(
-        share, "copy", lambda origin, file, folder: (run / file.path).unlink() or copy(origin, file, folder)
+        share_folder, "copy", lambda origin, file, folder: (run / file.path).unlink() or copy(origin, file, folder)
     )
     with pytest.raises(UserError, match="changed while it was pushed"):
         push(str(run), target)
@@ -370,9 +377,9 @@ def hub(tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     monkeypatch.setattr(
-        share,
+        share_hub,
         "hub_folder",
-        lambda target: Folder(fsspec.filesystem("file"), str(root / share.hub_place(target)[1].rstrip("/"))),
+        lambda target: Folder(fsspec.filesystem("file"), str(root / share_hub.hub_place(target)[1].rstrip("/"))),
     )
     return SimpleNamespace(root=root, made=made)
 
@@ -461,8 +468,8 @@ def test_an_artifact_is_pulled_file_by_file(run, tmp_path, monkeypatch):
                 raise KeyError(path)
             return Entry(tmp_path / "target" / path)
 
-    monkeypatch.setattr(share, "require_wandb", lambda: SimpleNamespace(Api=Api))
-    monkeypatch.setattr(share, "AT_ONCE", 1)
+    monkeypatch.setattr(share_artifact, "require_wandb", lambda: SimpleNamespace(Api=Api))
+    monkeypatch.setattr(share_folder, "AT_ONCE", 1)
     pull("wandb://me/project/gemma:v3", str(tmp_path / "pulled"))
     assert {**contents(tmp_path / "pulled"), LISTING: b""} == {**contents(run), LISTING: b""}
     (tmp_path / "target/report.html").unlink()

@@ -1,0 +1,94 @@
+"""From a target to a run directory, which may hold a part of it already; every file is checked."""
+
+from __future__ import annotations
+
+import tempfile
+
+from rayinterp.errors import UserError
+from rayinterp.progress import Progress, silent
+from rayinterp.share import artifact, hub
+from rayinterp.share.folder import DamagedError, Folder, check_address, copy_all, open_folder, reachable
+from rayinterp.share.listing import (
+    CONFIG,
+    LISTING,
+    PART_LISTING,
+    Moved,
+    Origin,
+    SharedFile,
+    as_json,
+    check_same_run,
+    hashed,
+    read_listing,
+)
+from rayinterp.usage import MANIFEST
+
+
+def pull(target: str, run_dir: str, progress: Progress = silent) -> Moved:
+    """Brings what was pushed into a run directory, which may hold a part of it already.
+
+    Raises:
+        UserError: nothing to pull, a damaged file, a path that leads elsewhere, or a directory with another content.
+    """
+    check_address(target)
+    folder = open_folder(run_dir)
+    with tempfile.TemporaryDirectory() as name, reachable(target):
+        origin = _origin(target, name)
+        files = read_listing(origin, LISTING, target)
+        if files is None:
+            unfinished = read_listing(origin, PART_LISTING, target) is not None
+            raise UserError(
+                f"{target!r} holds a push that did not come to its end; push again, which sends only what is missing"
+                if unfinished
+                else f"{target!r} holds nothing that was pushed (no {LISTING})"
+            )
+        check_same_run(origin, folder, run_dir)
+        left = files_left(files, folder, run_dir)
+        skipped = len(files) - len(left)
+        # First what says whose directory this is.
+        left.sort(key=lambda file: file.path != CONFIG)
+        progress(skipped, len(files))
+        try:
+            for number, _ in enumerate(copy_all(origin, left, folder), skipped + 1):
+                progress(number, len(files))
+        except DamagedError as error:
+            raise UserError(
+                f"{target!r} is damaged: {error}. Nothing of that file was kept, the others stay. Pull again; if it "
+                "stays so, delete it there and push again from the original"
+            ) from None
+        folder.write(LISTING, as_json(files))
+    return Moved(len(left), sum(file.size for file in left), skipped)
+
+
+def _origin(target: str, name: str) -> Origin:
+    if target.startswith("wandb://"):
+        return artifact.open_artifact(target, name)
+    return hub.hub_folder(target) if target.startswith("hf://") else open_folder(target)
+
+
+def files_left(files: list[SharedFile], folder: Folder, run_dir: str) -> list[SharedFile]:
+    """Files that the directory lacks, or has as an earlier pull left them and the target has anew.
+
+    What was written there since is never replaced: run.yaml and manifest.json go on with the directory, anything else
+    is an error.
+
+    Raises:
+        UserError: names the first such file.
+    """
+    stamps = folder.stamps()
+    pulled = {file.path: file for file in read_listing(folder, LISTING, run_dir) or []}
+    left = []
+    for file in files:
+        if file.path not in stamps:
+            left.append(file)
+            continue
+        here = hashed(folder, file.path)
+        if here == file:
+            continue
+        if here == pulled.get(file.path):
+            left.append(file)
+        elif file.path not in (CONFIG, MANIFEST):
+            raise UserError(
+                f"{folder.at(file.path)} has another content than what is to be pulled, and would be overwritten; "
+                "pull into another directory, or delete that file if it is damaged"
+            )
+    return left

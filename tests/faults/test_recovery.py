@@ -20,7 +20,7 @@ from rayinterp.tables import Tables
 from tests.conftest import copy_upstream
 from tests.explain.faulty_endpoint import faulty_endpoint
 from tests.faults.disturbed import FAULTS
-from tests.s3_server import BUCKET, s3_server
+from tests.s3_server import s3_server
 from tests.tables_equal import assert_tables_equal
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
@@ -29,6 +29,8 @@ HARVESTED = ("activations", "saes", "features", "records", "record_counts", "hol
 """What is made again where the harvest is struck; what it reads, and the embeddings, are copied."""
 FOUND = ("candidates", "explanations", "llm_calls", "test_records", "scores", "predictions", "complexity")
 MAX_RUNS = 4
+PAGE, PAGES_LEFT = 4096, 30
+"""Bytes that a file system in memory gives at a time, and how many of them are left: some commits' worth."""
 RESULTS = Path("build") / "faults.json"
 
 
@@ -111,9 +113,9 @@ def test_a_full_disk_is_one_sentence_and_more_room_goes_on(begins, planted_run, 
     if begins == "harvest":
         for name in HARVESTED:
             Tables(str(copied)).drop(name)
-    used = sum(path.stat().st_size for path in copied.rglob("*") if path.is_file())
-    disk, pages = tmp_path / "disk", 4096
-    with small_disk(disk, int(used * 1.1) + 100 * pages):
+    used = sum(-(-path.stat().st_size // PAGE) for path in copied.rglob("*") if path.is_file())
+    disk = tmp_path / "disk"
+    with small_disk(disk, (used + PAGES_LEFT) * PAGE):
         subprocess.run(["cp", "-r", str(copied), str(disk / "run")], check=True)
         stages = list(STAGES[STAGES.index(begins) :])
         began = time.monotonic()
@@ -128,18 +130,17 @@ def test_a_full_disk_is_one_sentence_and_more_room_goes_on(begins, planted_run, 
         assert_tables_equal(planted_run.tables, Tables(str(disk / "run")), compared)
 
 
-def in_bucket(monkeypatch, environment: dict[str, str], folder: Path) -> str:
-    """Copies a run directory into the server's bucket; this process reads it there from now on."""
+def in_bucket(monkeypatch, environment: dict[str, str], folder: Path, bucket: str) -> str:
+    """Copies a run directory into a bucket, each test its own: Lance keeps a bucket's endpoint for good."""
     import s3fs
 
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     s3fs.S3FileSystem.clear_instance_cache()
     filesystem = s3fs.S3FileSystem()
-    if not filesystem.exists(BUCKET):
-        filesystem.mkdir(BUCKET)
-    filesystem.put(str(folder), f"{BUCKET}/run", recursive=True)
-    return f"s3://{BUCKET}/run"
+    filesystem.mkdir(bucket)
+    filesystem.put(str(folder), f"{bucket}/run", recursive=True)
+    return f"s3://{bucket}/run"
 
 
 def test_on_s3_stages_run_side_by_side_and_outlive_a_committer(planted_run, tmp_path, outcomes, monkeypatch):
@@ -147,7 +148,7 @@ def test_on_s3_stages_run_side_by_side_and_outlive_a_committer(planted_run, tmp_
     for name in (*HARVESTED, "embeddings"):
         Tables(str(folder)).drop(name)
     with s3_server() as environment:
-        url = in_bucket(monkeypatch, environment, folder)
+        url = in_bucket(monkeypatch, environment, folder, "committed")
         beside = start(url, "none", ["index"], **environment)
         outcome = recover(url, "fragment committer", ["harvest"], **environment)
         code, _, said = end(beside)
@@ -163,7 +164,7 @@ def test_an_s3_that_refuses_one_request_in_ten(planted_run, tmp_path, outcomes, 
     for name in HARVESTED:
         Tables(str(folder)).drop(name)
     with s3_server(0.1, refused) as environment:
-        url = in_bucket(monkeypatch, environment, folder)
+        url = in_bucket(monkeypatch, environment, folder, "refusing")
         outcome = recover(url, "none", list(STAGES[1:]), **environment)
         assert_tables_equal(planted_run.tables, Tables(url), [*HARVESTED, *FOUND])
     assert len(refused) > 50

@@ -188,18 +188,18 @@ def test_a_key_is_nowhere_but_in_the_request(planted_run, tmp_path, monkeypatch,
     answer = '[{"activates_on": "words about ships and the sea", "strength": 5}]'
     seen = []
 
-    def config(url, name, temperature):
-        llm = f"{{provider: openai, model: m, base_url: '{url}', api_key_env: RAYINTERP_TEST_KEY, max_retries: 1}}"
-        arm = f"{{method: one_shot, llm: asked, simulator: oracle, max_parse_retries: 0, temperature: {temperature}}}"
-        return planted_config(folder, f"llms={{asked: {llm}}}", f"explainers={{{name}: {arm}}}")
+    def config(url, name):
+        llm = f"{{provider: openai, model: {name}, base_url: '{url}', api_key_env: RAYINTERP_TEST_KEY, max_retries: 1}}"
+        arm = f"{{{name}: {{method: one_shot, llm: asked, simulator: oracle, max_parse_retries: 0}}}}"
+        return planted_config(folder, f"llms={{asked: {llm}}}", f"explainers={arm}")
 
     with faulty_endpoint(3, 0.3, answer, ("rate_limit", "malformed"), seen=seen) as url:
-        run = open_run(config(url, "works", 1.0))
+        run = open_run(config(url, "works"))
         for stage in ("explain", "score", "report"):
             run_stage(run, stage)
         assert not serve.status().proxies, "services have no port"
-    with pytest.raises(UserError, match="APIConnectionError") as error:  # nobody answers there any more
-        run_stage(open_run(config(url, "fails", 0.5)), "explain")
+    with pytest.raises(UserError, match="APIConnectionError") as error:  # of a model that never answered
+        run_stage(open_run(config(url, "fails")), "explain")
     assert seen and run.tables.count("llm_calls") > 0
     said = ["".join(traceback.format_exception(error.value)), *(record.getMessage() for record in caplog.records)]
     said += [json.dumps(run.tables.read(name).to_pylist(), default=str) for name in SCHEMAS if run.tables.exists(name)]

@@ -231,13 +231,8 @@ def draw(trace: Path, figure: Path) -> None:
         axes.axvline(look["seconds"], color="0.85", zorder=0)
         axes.text(look["seconds"] + 0.5, MAX_NODES + 0.65 - 0.2 * (place % 2), look["stage"], size=8, color="0.4")
     for mark in content["marks"]:
-        axes.annotate(
-            mark["what"],
-            (mark["seconds"], MAX_NODES),
-            (mark["seconds"], MAX_NODES - 0.6),
-            size=8,
-            arrowprops={"arrowstyle": "->"},
-        )
+        place = {"xy": (mark["seconds"], 1), "xytext": (mark["seconds"], 1.5), "ha": "right"}
+        axes.annotate(mark["what"], **place, size=8, arrowprops={"arrowstyle": "->"})
     axes.set(
         xlabel="seconds", ylabel="nodes", ylim=(0, MAX_NODES + 0.9), xlim=(0, seconds[-1]), yticks=range(MAX_NODES + 1)
     )

@@ -72,7 +72,7 @@ def recover(folder: str, fault: str, stages: list[str], **environment: str) -> d
     outcome: dict[str, object] = {"printed": printed.strip().splitlines()}
     ended = []
     while code != 0:
-        ended.append(said or f"signal {-code}")
+        ended.append(f"signal {-code}" if code < 0 else said)
         assert len(ended) < MAX_RUNS, ended
         code, _, said = end(start(folder, "none", stages, **environment))
     return outcome | {"ended": ended, "seconds": round(time.monotonic() - began)}

@@ -11,10 +11,12 @@ from rayinterp.config import load_config
 from rayinterp.errors import UserError
 from rayinterp.submit import check_job, entrypoint, pins, requirements_of, runtime_env
 from rayinterp.tables import Tables
-from tests.conftest import CONFIGS, planted_config
+from tests.conftest import CONFIGS, copy_upstream, planted_config
 from tests.tables_equal import assert_tables_equal
 
 ROOT = CONFIGS.parent
+MADE_AGAIN = ("activations", "saes", "features", "records", "record_counts", "holistic")
+"""By the job; the corpus and its embeddings are there."""
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +43,15 @@ def wait_until(holds, seconds=240):
 
 
 def test_a_job_that_is_stopped_goes_on_where_it_stopped(head, planted_run, tmp_path):
-    client, tables = JobSubmissionClient(head), Tables(str(tmp_path))
-    first = submit(head, tmp_path)
+    folder = copy_upstream(planted_run, tmp_path / "run")
+    client, tables = JobSubmissionClient(head), Tables(str(folder))
+    for name in MADE_AGAIN:
+        tables.drop(name)
+    first = submit(head, folder)
     wait_until(lambda: tables.count("activations", "feature = -1") > 0)
-    (job,) = [job for job in client.list_jobs() if job.metadata.get("run_dir") == str(tmp_path)]
+    (job,) = [job for job in client.list_jobs() if job.metadata.get("run_dir") == str(folder)]
     assert job.metadata["run"] == "planted" and job.entrypoint.startswith("python jobs/run.py configs/planted.yaml")
-    second = submit(head, tmp_path)
+    second = submit(head, folder)
     assert second.wait(timeout=120) == 2
     assert f"job {job.submission_id} is at work on run_dir" in second.stderr.read()
     client.stop_job(job.submission_id)
@@ -54,12 +59,12 @@ def test_a_job_that_is_stopped_goes_on_where_it_stopped(head, planted_run, tmp_p
     assert "ended as STOPPED" in first.stderr.read()
     before = tables.version("sequences")
 
-    again = submit(head, tmp_path)
+    again = submit(head, folder)
     shown, said = again.communicate(timeout=400)
     assert again.returncode == 0, said
     assert "report  done in" in shown and "report.html" in shown
     assert tables.version("sequences") == before
-    assert_tables_equal(planted_run.tables, tables, ["sequences", "activations", "features", "records", "scores"])
+    assert_tables_equal(planted_run.tables, tables, [*MADE_AGAIN, "explanations", "scores"])
 
 
 def test_a_job_that_fails_says_what_its_log_says(head, tmp_path):

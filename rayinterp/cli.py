@@ -355,7 +355,8 @@ def submit(
         console.print(f"\nThe job goes on. To stop it: {later[1]}", soft_wrap=True)
         return
     if status != "SUCCEEDED":
-        raise UserError(f"job {job} ended as {status.value}; what is committed is kept: submit again with the same command")
+        kept = "what is committed is kept: submit again with the same command"
+        raise UserError(f"job {job} ended as {status.value}; {kept}")
 
 
 @app.command()

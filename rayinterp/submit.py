@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import re
 import shlex
+import time
 import uuid
 from collections.abc import Callable
 from importlib import metadata
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from packaging.requirements import Requirement
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from rayinterp.config import JobConfig, RunConfig
@@ -26,6 +28,8 @@ from rayinterp.errors import UserError
 LEFT_HERE = (".git", "build", "runs", "*.lance", "__pycache__", ".venv*", "tests")
 """Patterns of .gitignore: what no job reads."""
 CONSTRAINTS = "constraints.txt"
+AGENT_SECONDS = 60
+"""A head that has just come up answers before the agent that starts jobs does."""
 
 
 def runtime_env(job: JobConfig) -> dict[str, Any]:
@@ -105,10 +109,15 @@ def connect(address: str) -> JobSubmissionClient:
     """The job server of a cluster.
 
     Raises:
-        UserError: nobody answers there.
+        UserError: nobody answers there, or not without a token.
     """
     try:
         return JobSubmissionClient(address)
+    except AuthenticationError:
+        raise UserError(
+            f"the job server at {address!r} asks for a token: set RAY_AUTH_MODE=token, with the cluster's token in "
+            "~/.ray/auth_token or RAY_AUTH_TOKEN (`ray get-auth-token` on the head prints it)"
+        ) from None
     except (ConnectionError, RuntimeError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise UserError(
@@ -125,7 +134,7 @@ def submit(client: JobSubmissionClient, config: RunConfig, config_path: str, scr
         arguments: Its own.
 
     Raises:
-        UserError: what `check_job` finds, or another job at work on the run directory.
+        UserError: what `check_job` finds, another job at work on the run directory, or what the server says against it.
     """
     check_job(config, config_path, script)
     for job in client.list_jobs():
@@ -134,12 +143,20 @@ def submit(client: JobSubmissionClient, config: RunConfig, config_path: str, scr
                 f"job {job.submission_id} is at work on run_dir {config.run_dir!r}; follow it with `ray job logs "
                 f"--follow {job.submission_id}`, or end it with `ray job stop {job.submission_id}` and submit again"
             )
-    return client.submit_job(
-        entrypoint=entrypoint(script, arguments),
-        runtime_env=runtime_env(config.job),
-        metadata={"run_dir": config.run_dir, "run": config.name, "config": config_path, "job": script},
-        submission_id=f"{re.sub(r'[^a-zA-Z0-9]+', '-', config.name)}-{script}-{uuid.uuid4().hex[:6]}",
-    )
+    job = {
+        "entrypoint": entrypoint(script, arguments),
+        "runtime_env": runtime_env(config.job),
+        "metadata": {"run_dir": config.run_dir, "run": config.name, "config": config_path, "job": script},
+        "submission_id": f"{re.sub(r'[^a-zA-Z0-9]+', '-', config.name)}-{script}-{uuid.uuid4().hex[:6]}",
+    }
+    deadline = time.monotonic() + AGENT_SECONDS
+    while True:
+        try:
+            return client.submit_job(**job)
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise UserError(f"the job server did not take the job: {str(error).strip().splitlines()[0]}") from None
+            time.sleep(1)
 
 
 def follow(client: JobSubmissionClient, submission_id: str, say: Callable[[str], None]) -> JobStatus:

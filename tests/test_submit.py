@@ -1,8 +1,13 @@
 """Runs as Ray jobs, against a real local head: followed, stopped in the middle, submitted again."""
 
+import os
+import shutil
+import socket
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 from ray.job_submission import JobSubmissionClient
@@ -15,17 +20,38 @@ from tests.conftest import CONFIGS, copy_upstream, planted_config
 from tests.tables_equal import assert_tables_equal
 
 ROOT = CONFIGS.parent
+BIN = Path(sys.executable).parent
 MADE_AGAIN = ("activations", "saes", "features", "records", "record_counts", "holistic")
 """By the job; the corpus and its embeddings are there."""
 
 
 @pytest.fixture(scope="module")
-def head():
-    """The address of a job server."""
-    command = [sys.executable, "-m", "tests.local_head"]
-    process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    yield process.stdout.readline().strip()
+def head(ray_session, tmp_path_factory):
+    """The address of a job server, of a Ray beside the tests' own: its agent needs another port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder = tempfile.mkdtemp(prefix="ray-")  # pytest's folders are too long for the names of sockets
+    command = [str(BIN / "ray"), "start", "--head", "--block", "--port=0", "--num-cpus=2", f"--temp-dir={folder}"]
+    command += [f"--dashboard-port={port}", "--dashboard-agent-listen-port=0"]
+    path = os.pathsep.join([str(BIN), os.environ["PATH"]])  # a job's `python` is the first on the head's path
+    process = subprocess.Popen(
+        command, env=os.environ | {"PATH": path}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    address = f"http://127.0.0.1:{port}"
+    wait_until(lambda: answers(address), process)
+    yield address
+    process.terminate()
     process.communicate(timeout=60)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def answers(address):
+    try:
+        JobSubmissionClient(address)
+    except (ConnectionError, RuntimeError):
+        return False
+    return True
 
 
 def submit(head, run_dir, *arguments):
@@ -35,9 +61,10 @@ def submit(head, run_dir, *arguments):
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def wait_until(holds, seconds=240):
+def wait_until(holds, process, seconds=240):
     deadline = time.monotonic() + seconds
     while not holds():
+        assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.2)
 
@@ -48,7 +75,7 @@ def test_a_job_that_is_stopped_goes_on_where_it_stopped(head, planted_run, tmp_p
     for name in MADE_AGAIN:
         tables.drop(name)
     first = submit(head, folder)
-    wait_until(lambda: tables.count("activations", "feature = -1") > 0)
+    wait_until(lambda: tables.count("activations", "feature = -1") > 0, first)
     (job,) = [job for job in client.list_jobs() if job.metadata.get("run_dir") == str(folder)]
     assert job.metadata["run"] == "planted" and job.entrypoint.startswith("python jobs/run.py configs/planted.yaml")
     second = submit(head, folder)
@@ -80,6 +107,16 @@ def test_nobody_at_the_address_is_one_sentence(tmp_path):
     _, said = refused.communicate(timeout=120)
     assert refused.returncode == 2
     assert "no job server answers at 'http://127.0.0.1:9'" in said and "Traceback" not in said
+
+
+def test_a_server_that_asks_for_a_token(head, tmp_path, monkeypatch):
+    if os.environ.get("RAY_AUTH_MODE") != "token":
+        pytest.skip("this Ray asks for no token")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    refused = submit(head, tmp_path)
+    _, said = refused.communicate(timeout=120)
+    assert refused.returncode == 2
+    assert "asks for a token: set RAY_AUTH_MODE=token" in said and "Traceback" not in said
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,11 @@ class Outage:
         self._failures, self._last_answer = 0, clock()
 
     @property
+    def doubted(self) -> bool:
+        """A feature failed, and no call was answered since."""
+        return self._failures > 0
+
+    @property
     def down(self) -> bool:
         return self._failures >= MAX_FAILURES
 

@@ -176,7 +176,7 @@ class _Driver:
             stop = self._over_budget(status.spent.usd)
             if stop:
                 self._stop(queue)
-            while queue and self._may_submit():
+            while queue and self._may_submit(queue[0]):
                 self._submit(queue.popleft(), affordable)
             for task, done in self._wait():
                 status.take(done.valid_scores, finished=done.failure is None)
@@ -196,15 +196,20 @@ class _Driver:
             for actor in [*self._actors, *([self._retriever] if self._retriever else [])]:
                 ray.kill(actor)
 
-    def _may_submit(self) -> bool:
-        """While an LLM is down, one feature at a time asks whether it still is."""
+    def _may_submit(self, task: _Task) -> bool:
+        """While an LLM is down, one feature at a time asks whether it still is. While it may be, a last try, which
+        takes failed answers for what they are, waits for what the others meet."""
         waited = time.monotonic() >= self._outage.resume_at
-        return bool(self._idle) and waited and not (self._outage.down and self._running)
+        alone = self._outage.down or (self._outage.doubted and self._is_last_try(task))
+        return bool(self._idle) and waited and not (alone and self._running)
+
+    def _is_last_try(self, task: _Task) -> bool:
+        return task.tries + 1 >= MAX_TRIES
 
     def _submit(self, task: _Task, affordable: set[FeatureId]) -> None:
         actor, key = self._idle.pop(), str(task.feature)
         # An LLM that is down would leave failed candidates for ever.
-        tolerant = task.tries + 1 >= MAX_TRIES and self._outage.has_answered and not self._outage.down
+        tolerant = self._is_last_try(task) and self._outage.has_answered and not self._outage.down
         arguments = (task.feature, task.arms, task.feature in affordable, key not in self._asked_about, tolerant)
         self._asked_about.add(key)
         self._running[actor.explain.options(max_task_retries=-1).remote(*arguments)] = task, actor
@@ -235,7 +240,7 @@ class _Driver:
             return done.failure
         if self._outage.down:
             queue.append(left)
-        elif task.tries + 1 >= MAX_TRIES and not self._outage.has_answered:
+        elif self._is_last_try(task) and not self._outage.has_answered:
             return done.failure
         else:
             queue.append(left._replace(tries=task.tries + 1 if done.transient else MAX_TRIES - 1))

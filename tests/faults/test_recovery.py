@@ -31,6 +31,8 @@ FOUND = ("candidates", "explanations", "llm_calls", "test_records", "scores", "p
 MAX_RUNS = 4
 PAGE, PAGES_LEFT = 4096, 30
 """Bytes that a file system in memory gives at a time, and how many of them are left: some commits' worth."""
+OUR_ERROR, OUR_LINES = "rayinterp.errors.UserError", ("struck", "Spilled")
+"""Among what Ray writes to the same places."""
 RESULTS = Path("build") / "faults.json"
 
 
@@ -61,7 +63,8 @@ def end(process: subprocess.Popen[str], seconds: float = 300) -> tuple[int, str,
         printed, said = process.communicate()
         said += "\nhung, and was killed"
     lines = [line for line in said.strip().splitlines() if line.strip()]
-    return process.returncode, printed, lines[-1] if lines else ""
+    errors = [line for line in lines if line.startswith(OUR_ERROR)]  # Ray's own log may have the last word
+    return process.returncode, printed, (errors or lines or [""])[-1]
 
 
 def recover(folder: str, fault: str, stages: list[str], **environment: str) -> dict[str, object]:
@@ -69,7 +72,7 @@ def recover(folder: str, fault: str, stages: list[str], **environment: str) -> d
     began = time.monotonic()
     code, printed, said = end(start(folder, fault, stages, **environment))
     assert fault == "none" or "struck" in printed, said
-    outcome: dict[str, object] = {"printed": printed.strip().splitlines()}
+    outcome: dict[str, object] = {"printed": [one for one in printed.splitlines() if one.startswith(OUR_LINES)]}
     ended = []
     while code != 0:
         ended.append(f"signal {-code}" if code < 0 else said)

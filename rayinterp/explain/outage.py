@@ -28,13 +28,15 @@ class Outage:
         """Ever: an LLM that never did is not configured rightly, and waiting would not help."""
         self.resume_at = 0.0
         """Nothing should be tried before."""
+        self._in_doubt: set[str] = set()
+        """Features whose failure may pass, since the last answer."""
         self._patience, self._clock = patience, clock
         self._failures, self._last_answer = 0, clock()
 
     @property
     def doubted(self) -> bool:
-        """A feature failed, and no call was answered since."""
-        return self._failures > 0
+        """A feature failed as it would in an outage, and no call was answered since."""
+        return bool(self._in_doubt)
 
     @property
     def down(self) -> bool:
@@ -44,10 +46,17 @@ class Outage:
         """Takes note of calls that were answered, if any were."""
         if num_calls > 0:
             self.has_answered, self._failures, self._last_answer = True, 0, self._clock()
+            self._in_doubt.clear()
 
-    def failed(self, transient: bool) -> bool:
+    def tolerates(self, feature: str) -> bool:
+        """Whether a failure of this feature says something of it alone. In an outage its failed answers would stay."""
+        return self.has_answered and not self.down and self._in_doubt <= {feature}
+
+    def failed(self, feature: str, transient: bool) -> bool:
         """Takes note of a feature that failed; returns whether there is no point in going on."""
         self._failures += 1
+        if transient:
+            self._in_doubt.add(feature)
         if not self.down:
             return False
         self.resume_at = self._clock() + PAUSE_SECONDS

@@ -208,8 +208,7 @@ class _Driver:
 
     def _submit(self, task: _Task, affordable: set[FeatureId]) -> None:
         actor, key = self._idle.pop(), str(task.feature)
-        # An LLM that is down would leave failed candidates for ever.
-        tolerant = self._is_last_try(task) and self._outage.has_answered and not self._outage.down
+        tolerant = self._is_last_try(task) and self._outage.tolerates(key)
         arguments = (task.feature, task.arms, task.feature in affordable, key not in self._asked_about, tolerant)
         self._asked_about.add(key)
         self._running[actor.explain.options(max_task_retries=-1).remote(*arguments)] = task, actor
@@ -236,7 +235,7 @@ class _Driver:
         self._outage.answered(calls - self._calls)
         self._calls = max(calls, self._calls)
         left = task._replace(arms=list(done.left))
-        if self._outage.failed(done.transient):
+        if self._outage.failed(str(task.feature), done.transient):
             return done.failure
         if self._outage.down:
             queue.append(left)

@@ -216,7 +216,7 @@ def test_an_outage_is_waited_out_and_leaves_no_trace(copied, monkeypatch):
     monkeypatch.setattr(outage, "MAX_FAILURES", 2)
     monkeypatch.setattr(outage, "PAUSE_SECONDS", 0.5)
     pauses, failed = [], Outage.failed
-    monkeypatch.setattr(Outage, "failed", lambda self, transient: failed(self, transient) or pauses.append(self.down))
+    monkeypatch.setattr(Outage, "failed", lambda self, *args: failed(self, *args) or pauses.append(self.down))
     services = Fakes({"planted/1": 16, "planted/2": 16})  # more than any number of tries
     counts, tables, _ = explain(copied, services, "resources.searches_per_actor=1")
     assert counts == {"ok": 3} and pauses.count(True) >= 5

@@ -15,6 +15,7 @@ from ray.job_submission import JobSubmissionClient
 from rayinterp.config import load_config
 from rayinterp.errors import UserError
 from rayinterp.submit import check_job, entrypoint, pins, requirements_of, runtime_env
+from rayinterp.submit import submit as submit_job
 from rayinterp.tables import Tables
 from tests.conftest import CONFIGS, copy_upstream, planted_config
 from tests.tables_equal import assert_tables_equal
@@ -26,7 +27,7 @@ MADE_AGAIN = ("activations", "saes", "features", "records", "record_counts", "ho
 
 
 @pytest.fixture(scope="module")
-def head(ray_session, tmp_path_factory):
+def head(ray_session):
     """The address of a job server, of a Ray beside the tests' own: its agent needs another port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -117,6 +118,34 @@ def test_a_server_that_asks_for_a_token(head, tmp_path, monkeypatch):
     _, said = refused.communicate(timeout=120)
     assert refused.returncode == 2
     assert "asks for a token: set RAY_AUTH_MODE=token" in said and "Traceback" not in said
+
+
+class Server:
+    """A job server that says these things before it takes a job."""
+
+    def __init__(self, *said):
+        self.said = list(said)
+
+    def list_jobs(self):
+        return []
+
+    def submit_job(self, **job):
+        if self.said:
+            raise RuntimeError(self.said.pop(0))
+        return job["submission_id"]
+
+
+def test_a_head_that_has_just_come_up_is_waited_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("rayinterp.submit.time.sleep", lambda seconds: None)
+    config, starting = planted_config(tmp_path), "status code 500: No available agent to submit job"
+    arguments = (config, "configs/planted.yaml", "run", [])
+    assert submit_job(Server(starting, starting), *arguments).startswith("planted-run-")
+    with pytest.raises(UserError, match="did not take the job: the disk is full"):
+        submit_job(Server(starting, "the disk is full\nTraceback"), *arguments)
+    monkeypatch.setattr("rayinterp.submit.AGENT_SECONDS", -1)
+    with pytest.raises(UserError, match="No available agent"):
+        submit_job(Server(starting), *arguments)
 
 
 @pytest.mark.parametrize(

@@ -212,8 +212,9 @@ def test_an_llm_that_never_answers_ends_the_stage_and_leaves_no_row(copied, tran
     assert Tables(str(copied)).count("explanations") == 0
 
 
-def test_an_outage_is_waited_out_and_leaves_no_trace(copied, monkeypatch):
-    monkeypatch.setattr(outage, "MAX_FAILURES", 2)
+@pytest.mark.parametrize("max_failures", [2, 5])  # 5: two features do not fail as often before their last tries
+def test_an_outage_is_waited_out_and_leaves_no_trace(copied, monkeypatch, max_failures):
+    monkeypatch.setattr(outage, "MAX_FAILURES", max_failures)
     monkeypatch.setattr(outage, "PAUSE_SECONDS", 0.5)
     pauses, failed = [], Outage.failed
     monkeypatch.setattr(Outage, "failed", lambda self, *args: failed(self, *args) or pauses.append(self.down))

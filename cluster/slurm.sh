@@ -20,9 +20,17 @@ head="${nodes[0]}"
 port=$((20000 + SLURM_JOB_ID % 20000)) # two jobs may share a node
 address="$(srun --nodes=1 --ntasks=1 -w "$head" hostname --ip-address | awk '{print $1}'):$port"
 
+export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK" # not inherited by steps since Slurm 22.05
 start=(--block --num-cpus="$SLURM_CPUS_PER_TASK" --num-gpus="${SLURM_GPUS_ON_NODE:-0}")
 srun --nodes=1 --ntasks=1 -w "$head" ray start --head --port="$port" --dashboard-host=127.0.0.1 "${start[@]}" &
-until ray status --address="$address" >/dev/null 2>&1; do sleep 2; done
+deadline=$((SECONDS + 300))
+until ray status --address="$address" >/dev/null 2>&1; do
+    if ! kill -0 $! 2>/dev/null || ((SECONDS > deadline)); then
+        echo "no Ray head on $head at port $port" >&2
+        exit 1
+    fi
+    sleep 2
+done
 for node in "${nodes[@]:1}"; do
     srun --nodes=1 --ntasks=1 -w "$node" ray start --address="$address" "${start[@]}" &
 done

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
+import shutil
 import sys
 import time
 import warnings
@@ -46,7 +48,6 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value ..."
 
 def run_stages(config_path: str, overrides: list[str] | None, stages: tuple[str, ...]) -> None:
     """Runs stages in order under a progress display, then says where everything lies and what to type next."""
-    # Ray and torch take seconds to import: a bad config should not wait for them.
     config = load_config(config_path, overrides)
     start = time.monotonic()
     _run_stages(config, stages)
@@ -56,6 +57,7 @@ def run_stages(config_path: str, overrides: list[str] | None, stages: tuple[str,
 def _run_stages(config: RunConfig, stages: tuple[str, ...]) -> Tables:
     """Runs stages in order under a progress display."""
     _quiet()
+    # What it brings takes seconds to import: a bad config should not wait for it.
     from rayinterp.run import connected, open_run, run_stage
 
     with console.status("checking the config against this machine"):
@@ -163,20 +165,21 @@ def _printable(text: str) -> str:
 
 
 def _say_where(config: RunConfig, config_path: str, overrides: list[str] | None, seconds: float) -> None:
-    arguments = " ".join([config_path, *(overrides or [])])
+    arguments = shlex.join([config_path, *(overrides or [])])
+    command = "rayinterp" if shutil.which("rayinterp") else sys.argv[0]  # called by its path, as by `make`
     root = config.run_dir.rstrip("/")
     console.print(f"\nDone in {seconds:.0f} s. Tables, run.yaml and manifest.json are in [bold]{root}[/bold].")
     if Tables(root).exists("features"):
         keys = Tables(root).read("features", ["feature_key"], "status = 'live'")["feature_key"].to_pylist()
         if keys:
             console.print(
-                f"One feature in the terminal:  rayinterp show {arguments} --feature {keys[0]}", soft_wrap=True
+                f"One feature in the terminal:  {command} show {arguments} --feature {keys[0]}", soft_wrap=True
             )
     filesystem, path = fsspec.core.url_to_fs(f"{root}/report.html")
     if filesystem.exists(path):
         console.print(f"The report, for a browser:    [bold]{path}[/bold]", soft_wrap=True)
     else:
-        console.print(f"The rest of the run:          rayinterp run {arguments}")
+        console.print(f"The rest of the run:          {command} run {arguments}")
 
 
 @app.command("run")
@@ -230,7 +233,7 @@ def _show_plan(run_config: RunConfig, params: list[str] | None, cores: int | Non
 def show(
     config: ConfigPath,
     overrides: Overrides = None,
-    feature: Annotated[str, typer.Option(help="sae/index, e.g. layer_9/47")] = ...,  # type: ignore[assignment]
+    feature: Annotated[str, typer.Option(help="sae/index, e.g. layer_9/1844")] = ...,  # type: ignore[assignment]
     records: Annotated[bool, typer.Option("--records", help="all of its records, by split and source")] = False,
 ) -> None:
     """Show one feature: explanations, scores, and its records shaded by activation."""

@@ -51,9 +51,10 @@ def without_secret(url: str) -> str:
     """
     for part in url.split("::"):
         scheme, sign, rest = part.partition("://")
-        user, at, _ = rest.split("/")[0].rpartition("@")
+        _, at, _ = rest.split("/")[0].rpartition("@")
+        before, _, _ = rest.rpartition("@")  # a password may have a slash in it
         # A user alone names a container in some stores; on the web it may be a token.
-        if sign and ("?" in rest or ":" in user or (at and scheme.startswith("http"))):
+        if sign and ("?" in rest or ":" in before or (at and scheme.startswith("http"))):
             raise ValueError(
                 f"holds a password or a query ({scheme}://...), which would end up in run.yaml and logs; leave it out, "
                 "and give keys the way that the storage's own tools read them: its environment variables or profile"
@@ -619,15 +620,25 @@ class ServiceResources(PoolResources):
 
 
 class ResourcesConfig(_Section):
+    """What each kind of worker is given, and how many there are."""
+
     address: str | None = None
-    """Ray cluster to join; left out, the one that RAY_ADDRESS names, or a new local one."""
+    """Ray cluster to join; left out, the one that RAY_ADDRESS names, the one that `ray start` has left on this machine,
+    or a new local one."""
     corpus: PoolResources = PoolResources()
+    """Actors that cut texts into sequences."""
     harvest: PoolResources = PoolResources()
+    """Subject models: of harvest, and of holistic activations in records."""
     index: PoolResources = PoolResources()
+    """Sentence encoders: of index, of the falsifiers' retriever, of rule negatives and of the scorer embedding."""
     search: StageResources = StageResources(num_cpus=0.1)
+    """Search actors of explain; in score, those that ask LLMs and simulators for further scores."""
     score: StageResources = StageResources(num_cpus=0.5)
+    """Tasks that grade a block of features."""
     simulator: ServiceResources = ServiceResources(num_cpus=0.1)
+    """Replicas of each simulator arm."""
     llm: ServiceResources = ServiceResources(num_cpus=0.1)
+    """Replicas of each local LLM."""
     standing: tuple[str, ...] = ()
     """Simulator arms whose services runs of other directories share: found on the cluster or started there, and left
     standing."""
@@ -663,18 +674,21 @@ class JobConfig(_Section):
     excludes: list[str] = []
     """More that stays here, as patterns of .gitignore."""
     extras: list[str] = []
-    """Extras of rayinterp that nodes install before the job, at the pinned versions: `vllm`, `quant`, `demo`."""
+    """Extras of rayinterp that nodes install before the job, at the versions of constraints.txt where it has them. vLLM
+    wants other versions of its neighbours: give it an image."""
     image: str | None = None
-    """Container image that holds code and configs; nothing else travels then."""
+    """Container image that holds code and configs; nothing else travels then. Nodes start it with podman, which the
+    image of cluster/Dockerfile, itself a container, does not have."""
     env: dict[str, str] = {}
     """Environment variables of driver and workers. Keys are set on the nodes: Ray shows these to whoever may look."""
 
     @field_validator("env")
     @classmethod
     def _no_secrets(cls, env: dict[str, str]) -> dict[str, str]:
-        for name in env:
+        for name, value in env.items():
             if re.search("KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", name.upper()):
                 raise ValueError(f"has {name}, which Ray would show on its dashboard; set it on the cluster's nodes")
+            without_secret(value)
         return env
 
     @model_validator(mode="after")

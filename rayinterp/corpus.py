@@ -143,6 +143,11 @@ def cut_file(
             if len(seen) >= quota:
                 break
             seen.add(window_digest)
+            if file_number >> FILE_BITS or document_number >> DOCUMENT_BITS:
+                raise UserError(
+                    f"the corpus has more than {1 << FILE_BITS:,} files, or one of more than {1 << DOCUMENT_BITS:,} "
+                    "documents, and sequences would share an id; give it in other files"
+                )
             yield {
                 "sequence_id": (file_number << DOCUMENT_BITS | document_number) << WINDOW_BITS | number,
                 "document_id": document_id,
@@ -208,7 +213,9 @@ def first_of_each(digests: pa.Array) -> Bool[np.ndarray, "n"]:
     return keep
 
 
-def number_shards(batches: Iterator[pa.RecordBatch], keep: Bool[np.ndarray, "n"], shard_size: int) -> Iterator[Any]:
+def number_shards(
+    batches: Iterator[pa.RecordBatch], keep: Bool[np.ndarray, "n"], shard_size: int
+) -> Iterator[pa.RecordBatch]:
     """Batches of `sequences` from batches of `windows` in sequence_id order: kept rows with their shard and row."""
     schema = SCHEMAS["sequences"]
     place = number = 0

@@ -17,7 +17,6 @@ import shutil
 import sysconfig
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
-from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -186,16 +185,6 @@ def convert_model(gguf: Path, folder: Path) -> None:
     model.tie_weights()
     model.generation_config = quantized.generation_config
     model.to(torch.bfloat16).save_pretrained(folder)  # pyright: ignore[reportArgumentType]
-
-
-@cache
-def cpu_dtype() -> str:
-    """The faster dtype for a forward pass on this CPU: bfloat16 where it has instructions for it, else float32."""
-    try:
-        words = set(Path("/proc/cpuinfo").read_text().split())
-    except OSError:
-        return "float32"
-    return "bfloat16" if words & {"avx512_bf16", "amx_bf16"} else "float32"
 
 
 # Text

@@ -57,10 +57,15 @@ def render(explanation: Explanation) -> str:
     )
 
 
-def wording(explanation: Explanation) -> str:
+def claims(explanation: Explanation) -> tuple[str, ...]:
     """What it says the feature fires on, without strengths; rules of strength 0 say where it does not."""
-    rules = [rule for rule in explanation if rule.strength] or list(explanation)
-    return "; ".join(rule.activates_on for rule in rules)
+    rules = [rule for rule in explanation if rule.strength] or explanation
+    return tuple(rule.activates_on for rule in rules)
+
+
+def wording(explanation: Explanation) -> str:
+    """Its claims in one line."""
+    return "; ".join(claims(explanation))
 
 
 def rules_schema(rule_cap: int, max_characters: int | None = None) -> dict[str, Any]:
@@ -91,31 +96,38 @@ def parse_structured(answer: str, rule_cap: int) -> Explanation:
     """Rules from an LLM's answer: strict about meaning, lenient about wrapping.
 
     The list may stand alone or as `{"rules": [...]}`. Code fences, prose around it, trailing commas and numbers such
-    as "4" or 4.0 are accepted; strengths are clamped to 0-5 and rules beyond `rule_cap` are cut off.
+    as "4" or 4.0 are accepted; strengths are clamped to 0-5 and rules beyond `rule_cap` are cut off. Of several lists
+    the last valid one counts: those before it are drafts, or quote the explanation that is to be revised.
 
     Raises:
         ParseError: no JSON list of objects with a non-empty `activates_on` and a whole-number `strength`.
     """
-    problem = "no JSON list of rules in the answer"
+    problem, found, rest = "no JSON list of rules in the answer", None, _said(answer)
     # An object follows the bracket: the others of an answer gone wrong may be thousands, each read to its end.
-    for start in (match.start() for match in re.finditer(r"\[\s*\{", answer)):
-        value = _decode_list(answer[start:])
-        if value is None:
-            continue
+    while match := re.search(r"\[\s*\{", rest):
+        rest = rest[match.start() :]
+        items, length = _decode_list(rest)
         try:
-            return tuple(_to_rule(item) for item in value)[:rule_cap]
+            found = tuple(_to_rule(item) for item in items)[:rule_cap] or found
         except ParseError as error:
-            problem = str(error)
-    raise ParseError(problem)
+            problem, length = str(error), 1
+        rest = rest[length:]
+    if found is None:
+        raise ParseError(problem)
+    return found
 
 
 def parse_string(answer: str) -> Explanation:
-    """One sentence from an LLM's answer; quotes, a leading label and all but the first line are dropped.
+    """One sentence from an LLM's answer; quotes, code fences, a leading label, lines that announce what comes and all
+    but the first line after them are dropped.
 
     Raises:
         ParseError: there is no text.
     """
-    lines = [line.strip() for line in answer.strip().splitlines() if line.strip(" `\t")]
+    lines = [line.strip() for line in _said(answer).splitlines()]
+    lines = [line for line in lines if re.search(r"\w", line) and not re.fullmatch(r"```\w*", line)]
+    while len(lines) > 1 and lines[0].rstrip("*_").endswith(":"):
+        del lines[0]
     text = re.sub(r"^(explanation|answer)\s*:\s*", "", lines[0], flags=re.IGNORECASE) if lines else ""
     text = text.strip().strip('"').strip()
     if not re.search(r"\w", text):
@@ -125,17 +137,30 @@ def parse_string(answer: str) -> Explanation:
     return (Rule(text),)
 
 
-def _decode_list(text: str) -> list[Any] | None:
-    """The JSON list that `text` begins with, or None; trailing commas are forgiven."""
+_THOUGHT = re.compile(r"^[ \t]*<think>.*?(?:</think>|\Z)|\A.*?^[ \t]*</think>", re.DOTALL | re.MULTILINE)
+"""At the beginning of lines: an explanation may be about the tags. Some chat templates say the first tag themselves."""
+
+
+def _said(answer: str) -> str:
+    """The answer without what a reasoning model thinks before it; nothing where the answer ends within that."""
+    return _THOUGHT.sub("", answer)
+
+
+def _decode_list(text: str) -> tuple[list[dict[str, Any]], int]:
+    """The JSON list of objects that `text` begins with, and its length; trailing commas are forgiven.
+
+    Returns:
+        No items and the length of the bracket where there is none.
+    """
     decoder = json.JSONDecoder()
-    for candidate in (text, re.sub(r",(\s*[\]}])", r"\1", text)):
+    for candidate in (text, re.sub(r",(?=\s*[\]}])", " ", text)):  # a blank for each, so that the length stays
         try:
-            value, _ = decoder.raw_decode(candidate)
+            value, length = decoder.raw_decode(candidate)
         except (ValueError, RecursionError):  # also numbers and nesting beyond Python's limits
             continue
-        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
-            return value
-    return None
+        if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+            return value, length
+    return [], 1
 
 
 def _to_rule(item: dict[str, Any]) -> Rule:

@@ -17,7 +17,7 @@ from rayinterp import rule_negatives
 from rayinterp.complexity import complexity_rows, measure_predictions
 from rayinterp.config import LLMSimulatorConfig, RunConfig, arm_id
 from rayinterp.controls import TokenLookupSimulator
-from rayinterp.grade_plan import FeatureWork, ScorePlan, graded_sources, score_row, unscored_rows
+from rayinterp.grade_plan import TRIED_AGAIN, FeatureWork, ScorePlan, graded_sources, score_row, unscored_rows
 from rayinterp.progress import Progress, silent
 from rayinterp.records import ActivationRecord, load_records
 from rayinterp.score import (
@@ -30,7 +30,7 @@ from rayinterp.score import (
 )
 from rayinterp.simulate.client import SimulatorClient
 from rayinterp.simulate.simulator import CONTROL_NULLS, RuleRequest, combine
-from rayinterp.sources import generator_for
+from rayinterp.sources import generator_for, spread
 from rayinterp.subject import FeatureId
 from rayinterp.tables import Tables, sql_in
 
@@ -165,15 +165,18 @@ def _mean_defined(values: list[float | None]) -> float | None:
     return float(np.mean(defined)) if defined else None
 
 
-def first_of_each_source(records: list[ActivationRecord], count: int | None) -> list[ActivationRecord]:
-    """The first `count` records of every source; all of them for None."""
-    seen: dict[str, int] = {}
-    kept = []
+def some_of_each_source(records: list[ActivationRecord], count: int | None) -> list[ActivationRecord]:
+    """At most `count` records of every source, spread over its ranks; all of them for None.
+
+    The first of a source would be its easiest positives or its hardest silent records alone.
+
+    Args:
+        records: Those of a source in rank order.
+    """
+    by_source: dict[str, list[ActivationRecord]] = {}
     for record in records:
-        seen[record.source] = seen.get(record.source, 0) + 1
-        if count is None or seen[record.source] <= count:
-            kept.append(record)
-    return kept
+        by_source.setdefault(record.source, []).append(record)
+    return [record for of_source in by_source.values() for record in spread(of_source, count)]
 
 
 def grade_block(block: list[FeatureWork], simulator: str, config: RunConfig, tables: Tables, committer: Any) -> Graded:
@@ -182,11 +185,11 @@ def grade_block(block: list[FeatureWork], simulator: str, config: RunConfig, tab
     client = SimulatorClient(simulator, config, tables, committer)
     max_records = arm.max_records if isinstance(arm, LLMSimulatorConfig) else None
     loaded = [load_records(tables, work.feature, ("train", "valid", "test")) for work in block]
-    called_for = rule_negatives.load_rule_negatives(tables, [work.feature for work in block])
+    called_for = rule_negatives.load_rule_negatives(tables, [work.feature for work in block], max_records)
     for work, records in zip(block, loaded, strict=True):
-        test = records["test"] + (called_for[work.feature] if config.score.num_rule_negatives else [])
-        records["test"] = first_of_each_source(test, max_records)
-        records["valid"] = first_of_each_source(records["valid"], max_records)
+        test = some_of_each_source(records["test"], max_records)
+        records["test"] = test + (called_for[work.feature] if config.score.num_rule_negatives else [])
+        records["valid"] = some_of_each_source(records["valid"], max_records)
 
     async def simulate(rules: list[str], on: list[ActivationRecord]) -> dict[str, list[np.ndarray]]:
         sequences = tuple(dict.fromkeys(record.sequence for record in on))
@@ -221,7 +224,7 @@ def run_score(
 ) -> dict[str, int]:
     """Grades what the plan names, in Ray tasks; the simulators it names must have been deployed."""
     task = ray.remote(grade_block).options(num_cpus=config.resources.score.num_cpus)
-    _replace_scores(tables, plan.unscored)
+    replace_scores(tables, plan.unscored)
     done = plan.num_finished
     total = done + sum(len(block) for _, block in plan.blocks)
     progress(done, total)
@@ -237,7 +240,7 @@ def run_score(
         # Scores go last: they mark the features as finished.
         tables.append("predictions", graded.predictions)
         tables.append("complexity", graded.complexity)
-        _replace_scores(tables, graded.scores)
+        replace_scores(tables, graded.scores)
         done += waiting.pop(ready)
         progress(done, total)
     if plan.blocks:
@@ -248,15 +251,18 @@ def run_score(
     return {status: statuses.count(status) for status in sorted(set(statuses))}
 
 
-def _replace_scores(tables: Tables, rows: list[dict[str, Any]]) -> None:
-    """Appends scores in place of those of the same feature, explainer and simulator that other settings made."""
-    by_settings: dict[tuple[str, str], set[str]] = {}
+def replace_scores(tables: Tables, rows: list[dict[str, Any]]) -> None:
+    """Appends scores in place of those of the same feature, explainer and simulator that are outdated: made by other
+    settings, or by a run that had to leave them to the next."""
+    explainers: dict[tuple[str, str, str], set[str]] = {}
     for row in rows:
-        by_settings.setdefault((row["simulator"], row["settings"]), set()).add(row["feature_key"])
-    explainers = sorted({row["explainer"] for row in rows})
-    for (simulator, settings), features in by_settings.items():
-        same = f"simulator = '{simulator}' and {sql_in('explainer', explainers)}"
-        outdated = f"{same} and {sql_in('feature_key', sorted(features))} and settings != '{settings}'"
+        explainers.setdefault((row["simulator"], row["settings"], row["feature_key"]), set()).add(row["explainer"])
+    features: dict[tuple[str, str, tuple[str, ...]], list[str]] = {}
+    for (simulator, settings, feature), of_feature in explainers.items():
+        features.setdefault((simulator, settings, tuple(sorted(of_feature))), []).append(feature)
+    for (simulator, settings, arms), keys in features.items():
+        same = f"simulator = '{simulator}' and {sql_in('explainer', arms)} and {sql_in('feature_key', keys)}"
+        outdated = f"{same} and (settings != '{settings}' or {sql_in('status', TRIED_AGAIN)})"
         if tables.count("scores", outdated):
             tables.delete("scores", outdated)
     tables.append("scores", rows)

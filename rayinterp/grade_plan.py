@@ -21,6 +21,8 @@ from rayinterp.tables import Tables, sql_in
 
 BLOCK = 4
 """Features per Ray task."""
+TRIED_AGAIN = ("llm_error", "no_budget")
+"""Statuses that another run may change."""
 
 
 class FeatureWork(NamedTuple):
@@ -69,12 +71,17 @@ def plan_score(config: RunConfig, tables: Tables, explainers: list[str]) -> Scor
     plan = ScorePlan([], [], 0)
     for simulator in config.score.simulators:
         work, unscored = plan_grading(config, tables, simulator, explainers)
-        finished = _finished(config, tables, simulator)
+        stands = standing(config, tables, arm_id(simulator, config.simulators[simulator]))
+        finished = {pair for pair, status in stands.items() if status not in TRIED_AGAIN}
         complete = finished & _measured(config, tables, simulator)
         left = [w for w in work if not {(str(w.feature), e) for e in w.explanations} <= complete]
         plan.blocks.extend((simulator, left[i : i + BLOCK]) for i in range(0, len(left), BLOCK))
         kept = finished | _with_a_value(config, tables, simulator)
-        plan.unscored.extend(row for row in unscored if (row["feature_key"], row["explainer"]) not in kept)
+        plan.unscored.extend(
+            row
+            for row in unscored
+            if (pair := (row["feature_key"], row["explainer"])) not in kept and stands.get(pair) != row["status"]
+        )
         plan = plan._replace(num_finished=plan.num_finished + len(work) - len(left))
     return plan
 
@@ -124,7 +131,8 @@ def plan_grading(
 def settings_of(config: RunConfig, num_rule_negatives: int) -> str:
     """What a feature's scores depend on besides arms and records: they are made again where it has changed."""
     score = config.score
-    return f"studentised bootstrap {score.num_bootstrap}, shuffled {score.num_shuffled}, rule negatives " + (
+    resampled = f"studentised bootstrap {score.num_bootstrap}, shuffled {score.num_shuffled}, caps over all ranks"
+    return f"{resampled}, rule negatives " + (
         f"{score.num_rule_negatives} an arm, {num_rule_negatives} in all" if score.num_rule_negatives else "0"
     )
 
@@ -236,16 +244,29 @@ def _with_a_value(config: RunConfig, tables: Tables, simulator: str) -> set[tupl
     return {(row["feature_key"], row["explainer"]) for row in rows}
 
 
-def _finished(config: RunConfig, tables: Tables, simulator: str) -> set[tuple[str, str]]:
-    """(feature, explainer) that have a score, or a reason why not, under every source and the present settings."""
+def standing(config: RunConfig, tables: Tables, arm: str) -> dict[tuple[str, str], str]:
+    """By (feature, explainer) that have rows under every source and the present settings: their status, the one that
+    asks for another try first.
+
+    Args:
+        arm: Of a simulator or a further scorer, as in the tables.
+    """
     sources, called_for = graded_sources(config), count_rule_negatives(config, tables)
-    arm = arm_id(simulator, config.simulators[simulator])
-    where = f"simulator = '{arm}' and control = '' and {sql_in('source', sources)}"
-    under: dict[tuple[str, str], set[str]] = {}
-    for row in tables.read("scores", ["feature_key", "explainer", "source", "settings"], where).to_pylist():
-        if row["settings"] == settings_of(config, called_for[row["feature_key"]]):
-            under.setdefault((row["feature_key"], row["explainer"]), set()).add(row["source"])
-    return {pair for pair, found in under.items() if found >= set(sources)}
+    columns = ["feature_key", "explainer", "control", "source", "settings", "status"]
+    where = f"simulator = '{arm}' and {sql_in('source', sources)} and (control = '' or {sql_in('status', TRIED_AGAIN)})"
+    under: dict[tuple[str, str], dict[str, str]] = {}
+    again: dict[tuple[str, str], str] = {}
+    for row in tables.read("scores", columns, where).to_pylist():
+        if row["settings"] != settings_of(config, called_for[row["feature_key"]]):
+            continue
+        pair = row["feature_key"], row["explainer"]
+        if not row["control"]:
+            under.setdefault(pair, {})[row["source"]] = row["status"]
+        if row["status"] in TRIED_AGAIN:
+            again[pair] = row["status"]
+    whole = {pair: next(iter(of_pair.values())) for pair, of_pair in under.items() if of_pair.keys() >= set(sources)}
+    # A null text that failed is every explainer's.
+    return {pair: again.get(pair) or again.get((pair[0], "")) or status for pair, status in whole.items()}
 
 
 def _measured(config: RunConfig, tables: Tables, simulator: str) -> set[tuple[str, str]]:

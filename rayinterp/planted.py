@@ -166,7 +166,6 @@ class PlantedTokenizer:
     """One token per word: the part of a tokenizer's interface that the corpus stage uses."""
 
     all_special_ids: tuple[int, ...] = ()
-    bos_token_id: int | None = None
 
     def __init__(self, vocabulary: tuple[str, ...] = VOCABULARY) -> None:
         self._vocabulary = vocabulary

@@ -1,11 +1,13 @@
-"""How a stage that works unit by unit is spread over the cluster: one actor pool, described once."""
+"""Where a stage's actors live: pools that are spread over the cluster, and what stays beside the driver."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+import ray
 import ray.data
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayinterp.config import PoolResources
 
@@ -36,3 +38,13 @@ def map_units(
     )
     results.set_name(worker.__name__)  # on Ray's dashboard
     return results
+
+
+def beside_driver(soft: bool = False) -> NodeAffinitySchedulingStrategy:
+    """Keeps an actor on the driver's node. One that asks for no CPU is otherwise put on any node, also on a spot node,
+    whose end would be the actor's.
+
+    Args:
+        soft: Whether it may be started anew elsewhere.
+    """
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=soft)

@@ -51,7 +51,7 @@ REASONS = {
     "no_explanation": "no answer of the explainer could be used",
     "parse_error": "the answer could not be parsed",
     "cut_off": "the answer was cut off",
-    "llm_error": "the LLM gave no answer",
+    "llm_error": "the LLM failed on it; the next run tries again",
     "nothing_fires": "nothing fires in the train records",
     "no_budget": "beyond the budget",
     "budget": "cut short by the budget",
@@ -68,10 +68,13 @@ REASONS = {
     "wide": "few records, so a wide interval",
 }
 """Statuses in words; one that is missing here is shown as it stands in the table."""
+NODE_REASONS = {"llm_error": "the LLM gave no answer"}
+"""Those that mean something else for a node of a search: nobody tries one again whose search has a winner."""
 
 
-def reason(status: str | None) -> str:
-    return REASONS.get(status or "", (status or "no reason recorded").replace("_", " "))
+def reason(status: str | None, of_node: bool = False) -> str:
+    in_words = REASONS | NODE_REASONS if of_node else REASONS
+    return in_words.get(status or "", (status or "no reason recorded").replace("_", " "))
 
 
 class Score(NamedTuple):
@@ -136,7 +139,9 @@ class ArmSummary(NamedTuple):
     unscored: tuple[tuple[str, int], ...]
     """Statuses of the features without a score, most frequent first."""
     false_positives: Interval
+    """Over the features with a score, as those of the controls: a constant prediction, which has none, makes none."""
     false_negatives: Interval
+    """Likewise."""
     controls: tuple[ControlSummary, ...]
     other_scorers: tuple[tuple[str, Interval], ...]
 
@@ -447,10 +452,11 @@ def _by_config(found: set[str], names: Iterable[str]) -> tuple[str, ...]:
 
 def _summarise_arm(book: ScoreBook, key: ScoreKey, statuses: Mapping[str, str], config: RunConfig) -> ArmSummary:
     graded = book.get(key, {})
+    scored = [score for score in graded.values() if score.value is not None]
     unscored = Counter(score.status for score in graded.values() if score.value is None)
     missing = (status for feature, status in statuses.items() if feature not in graded)
     unscored.update("not_graded" if status == "ok" else status for status in missing)
-    mean = _mean([score.value for score in graded.values()], config)
+    mean = _mean([score.value for score in scored], config)
     others = [(scorer, book.get(key._replace(scorer=scorer))) for scorer in OTHER_SCORERS]
     return ArmSummary(
         key,
@@ -458,8 +464,8 @@ def _summarise_arm(book: ScoreBook, key: ScoreKey, statuses: Mapping[str, str], 
         is_wide(mean),
         sum(score.status == "wide" for score in graded.values()),
         tuple(unscored.most_common()),
-        _mean([score.false_positives for score in graded.values()], config),
-        _mean([score.false_negatives for score in graded.values()], config),
+        _mean([score.false_positives for score in scored], config),
+        _mean([score.false_negatives for score in scored], config),
         tuple(_control(book, key, control, config) for control in CONTROLS),
         tuple((scorer, _mean([score.value for score in rows.values()], config)) for scorer, rows in others if rows),
     )

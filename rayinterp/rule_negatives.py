@@ -7,6 +7,7 @@ An arm that joins later may add to a feature's union; what was graded on the sma
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,11 +15,12 @@ import ray
 from ray.util import ActorPool
 
 from rayinterp.config import RunConfig
-from rayinterp.corpus import load_tokenizer
-from rayinterp.explanation import Explanation
+from rayinterp.corpus import load_tokenizer, stable_hash
+from rayinterp.explanation import Explanation, claims
 from rayinterp.progress import Progress, silent
 from rayinterp.records import ActivationRecord, read_sequences
 from rayinterp.retrieve import Found, Retriever, SilentRequest, silent_record
+from rayinterp.sources import Ranked, spread
 from rayinterp.subject import FeatureId
 from rayinterp.tables import Tables, sql_in
 
@@ -61,10 +63,7 @@ class RuleNegatives:
         self._retriever = self._retriever or Retriever(self._config, self._tables)
         count = self._config.score.num_rule_negatives
         arms = [(feature, arm) for feature, explanations in block.items() for arm in sorted(explanations)]
-        requests = [
-            SilentRequest(feature, tuple(rule.activates_on for rule in block[feature][arm]), "test", count)
-            for feature, arm in arms
-        ]
+        requests = [SilentRequest(feature, claims(block[feature][arm]), "test", count) for feature, arm in arms]
         found: dict[FeatureId, dict[str, list[Found]]] = {feature: {} for feature in block}
         for (feature, arm), hits in zip(arms, self._retriever.silent(requests), strict=True):
             found[feature][arm] = hits
@@ -121,10 +120,28 @@ def add_rule_negatives(config: RunConfig, tables: Tables, explained: Explained, 
         ray.kill(one)
 
 
-def load_rule_negatives(tables: Tables, features: Sequence[FeatureId]) -> dict[FeatureId, list[ActivationRecord]]:
-    """Rule negatives of some features: the nearest of every arm first, as in `union`."""
+def load_rule_negatives(
+    tables: Tables, features: Sequence[FeatureId], count: int | None = None
+) -> dict[FeatureId, list[ActivationRecord]]:
+    """Rule negatives of some features, or `count` of each feature's: the nearest of every arm first, as in `union`."""
+    by_arm: dict[FeatureId, dict[str, list[dict[str, Any]]]] = {feature: {} for feature in features}
     rows = tables.read("test_records", where=sql_in("feature_key", map(str, features))).to_pylist()
-    records: dict[FeatureId, list[ActivationRecord]] = {feature: [] for feature in features}
-    for row in sorted(rows, key=lambda row: (row["rank"], row["explainer"])):
-        records[FeatureId.parse(row["feature_key"])].append(silent_record(row))
+    for row in sorted(rows, key=lambda row: row["rank"]):
+        by_arm[FeatureId.parse(row["feature_key"])].setdefault(row["explainer"], []).append(row)
+    records = {}
+    for feature, of_arms in by_arm.items():
+        kept = some_of_each_arm(feature, of_arms, count)
+        kept.sort(key=lambda row: (row["rank"], row["explainer"]))
+        records[feature] = [silent_record(row) for row in kept]
     return records
+
+
+def some_of_each_arm(feature: FeatureId, of_arms: Mapping[str, Sequence[Ranked]], count: int | None) -> list[Ranked]:
+    """`count` rule negatives of a feature, from its arms by turns, spread over the ranks of each; all of them for None.
+
+    Which arms come first, and are alone heard where there are more arms than `count`, differs from feature to feature.
+    """
+    arms = sorted(of_arms, key=lambda arm: stable_hash(f"{feature}/{arm}"))
+    turns = sorted((turn, place) for place, arm in enumerate(arms) for turn in range(len(of_arms[arm])))
+    shares = Counter(place for _, place in turns[:count])
+    return [one for place, arm in enumerate(arms) for one in spread(of_arms[arm], shares[place])]

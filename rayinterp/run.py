@@ -22,6 +22,7 @@ import fsspec
 import ray
 import yaml
 from ray import serve
+from ray._private import worker
 from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import RayServeException
 
@@ -49,6 +50,7 @@ from rayinterp.harvest import run_harvest
 from rayinterp.holistic import run_holistic
 from rayinterp.index import run_index
 from rayinterp.plan import by_stage, plan_run
+from rayinterp.pools import beside_driver
 from rayinterp.preflight import Prepared, prepare
 from rayinterp.progress import Progress, Published, silent
 from rayinterp.rating import run_complexity, unrated
@@ -59,7 +61,7 @@ from rayinterp.scorers.runner import plan_scorers, run_scorers
 from rayinterp.simulate.serve import deploy_simulator
 from rayinterp.sizes import measure
 from rayinterp.tables import Committer, Tables
-from rayinterp.usage import Meter, update_manifest
+from rayinterp.usage import Meter, update_manifest, write_whole
 
 PACKAGES = ("rayinterp", "ray", "torch", "transformers", "pylance", "lancedb", "lance-ray", "sae-lens", "pydantic")
 """Versions that the manifest keeps."""
@@ -99,8 +101,14 @@ def freeze(config: RunConfig) -> None:
     """Writes `run.yaml`; refuses a directory whose upstream tables were made by other settings."""
     path = _path(config, "run.yaml")
     filesystem, name = fsspec.core.url_to_fs(path)
+    content = to_yaml(config).encode()
     if filesystem.exists(name):
-        old = yaml.safe_load(filesystem.cat_file(name))
+        before = filesystem.cat_file(name)
+        if before == content:
+            return
+        old = yaml.safe_load(before)
+        if not isinstance(old, dict):
+            raise UserError(f"{path} is damaged: it holds no settings; put back what it held, or delete it")
         differing = differing_fields(old, config.model_dump(mode="json"))
         tables = Tables(absolute(config.run_dir))
         if differing and any(tables.exists(table) for table in ("windows", "corpus_files", "sequences")):
@@ -110,7 +118,7 @@ def freeze(config: RunConfig) -> None:
                 + f"\nGive another run_dir, or set these back. Sections {', '.join(UPSTREAM)} are fixed per directory; "
                 "explainers, simulators, LLMs and resources may change."
             )
-    filesystem.pipe_file(name, to_yaml(config).encode())
+    write_whole(filesystem, name, content)
 
 
 def estimate(config: RunConfig) -> dict[str, dict[str, float | None]]:
@@ -153,7 +161,8 @@ def _path(config: RunConfig, name: str) -> str:
 
 @contextmanager
 def connected(config: RunConfig) -> Iterator[None]:
-    """Joins the cluster that the config or RAY_ADDRESS names, or starts a local one for the time of the block.
+    """Joins the cluster that the config or RAY_ADDRESS names, or that `ray start` has left on this machine, as on the
+    head of a cluster; else starts a local one for the time of the block.
 
     A cluster that is already connected is used and left running.
     """
@@ -164,14 +173,14 @@ def connected(config: RunConfig) -> Iterator[None]:
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # its bars are off, as asked
     address = config.resources.address or os.environ.get("RAY_ADDRESS")
     context = ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, ignore_reinit_error=True)
-    if is_open(context.dashboard_url):
+    if is_open(context.dashboard_url) and os.environ.get("RAY_AUTH_MODE") != "token":
         warnings.warn(
             f"the cluster's dashboard and job server answer at {context.dashboard_url}: whoever reaches that may run "
             "code on the cluster. Start Ray with --dashboard-host=127.0.0.1; docs/security.md says how to reach it",
             stacklevel=2,
         )
     try:
-        if address is None:
+        if started_here():
             check_gpus(config)
         yield
     finally:
@@ -179,6 +188,12 @@ def connected(config: RunConfig) -> Iterator[None]:
             stop_services(config)
         finally:
             ray.shutdown()
+
+
+def started_here() -> bool:
+    """Whether this process has started the Ray it is connected to, and nobody can add nodes."""
+    node = worker._global_node
+    return node is not None and node.is_head()
 
 
 def is_open(dashboard_url: str | None) -> bool:
@@ -225,7 +240,7 @@ def deploy(run: Run, simulators: set[str], llms: set[str]) -> None:
 def start_committer(tables: Tables) -> Any:
     """The run's one writer of search results. Lost with what it holds, it is not started anew: the stage ends, and the
     next run does again what was not durable."""
-    return ray.remote(Committer).options(num_cpus=0).remote(tables)
+    return ray.remote(Committer).options(num_cpus=0, scheduling_strategy=beside_driver()).remote(tables)
 
 
 def service_gpus(config: RunConfig) -> float | None:
@@ -256,27 +271,32 @@ def service_gpus(config: RunConfig) -> float | None:
 
 
 def corpus(run: Run, progress: Progress, meter: Meter) -> dict[str, int]:
+    """Text to `sequences`, by actors that tokenise."""
     with meter.holds(run.config.resources.corpus):
         return run_corpus(run.config, run.tables, progress)
 
 
 def harvest(run: Run, progress: Progress, meter: Meter) -> dict[str, int]:
+    """Sequences to `activations` and `features`, by actors with the subject model and its SAEs."""
     with meter.holds(run.config.resources.harvest):
         return run_harvest(run.config, run.tables, *run.prepared, progress)
 
 
 def index(run: Run, progress: Progress, meter: Meter) -> dict[str, int]:
+    """Sequences to `embeddings`, by actors with a sentence encoder."""
     with meter.holds(run.config.resources.index):
         return run_index(run.config, run.tables, progress)
 
 
 def records(run: Run, progress: Progress, meter: Meter) -> dict[str, int]:
+    """Every feature's `records`; where arms ask for them, `holistic` activations, by actors as in harvest."""
     counts = run_records(run.config, run.tables, *run.prepared, progress)
     with meter.holds(run.config.resources.harvest):
         return counts | run_holistic(run.config, run.tables, *run.prepared, progress)
 
 
 def explain(run: Run, progress: Progress, meter: Meter) -> dict[str, int]:
+    """Records to `explanations`: deploys what the arms ask, and searches until every arm has a row for each feature."""
     config = run.config
     reopen(config, run.tables, meter.over_budget)
     if not arms_left(config, run.tables, live_features(run.tables)):
@@ -290,6 +310,8 @@ def explain(run: Run, progress: Progress, meter: Meter) -> dict[str, int]:
 
 
 def score(run: Run, progress: Progress, meter: Meter) -> dict[str, int]:
+    """Explanations to `scores` and `complexity`, on test: first the rule negatives are drawn, then what is to be graded
+    is planned with them, and what that asks is deployed."""
     config, tables = run.config, run.tables
     explainers = [arm_ids(config, name)[0] for name in config.explainers]
     to_grade = plan_score(config, tables, explainers).explanations()
@@ -318,6 +340,7 @@ def score(run: Run, progress: Progress, meter: Meter) -> dict[str, int]:
 
 
 def report(run: Run, progress: Progress, meter: Meter) -> dict[str, int]:
+    """Writes report.html from the tables."""
     write_report(run.tables, run.config)
     return {}
 

@@ -355,8 +355,11 @@ def _are_finite(true: Sequence[np.ndarray], predicted: Sequence[np.ndarray]) -> 
 
 
 def mean_interval(values: Float[np.ndarray, "n"], seed: int, num_bootstrap: int = 1000) -> Interval:
-    """Mean with a 95 % interval from resampling features, none of a single one; nan values must have been set aside."""
-    n = len(values)
+    """Mean with a 95 % interval from resampling features, none of a single one; nan values must have been set aside.
+
+    The order of the values is that of a table's rows, in which runs differ, and does not matter.
+    """
+    n, values = len(values), np.sort(values)
     if n < 2:
         return Interval(float(values[0]) if n else None, None, None, n)
     picks = np.random.default_rng(seed).integers(0, n, (num_bootstrap, n))

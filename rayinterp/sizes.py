@@ -31,7 +31,7 @@ from rayinterp.harvest import sae_sources
 from rayinterp.hook_points import parse_hook_point
 from rayinterp.index import embedder_path
 from rayinterp.plan import UNKNOWN, ModelSize, SaeSizes, Sizes
-from rayinterp.saes import PER_FEATURE, SaeCard, read_card
+from rayinterp.saes import PER_FEATURE, SaeCard, SaeSource, read_card
 from rayinterp.subject import cut_layers
 
 REACH_SECONDS = 3
@@ -222,7 +222,7 @@ def _num_features(config: RunConfig, d_sae: int | None) -> float:
     return wanted if isinstance(wanted, int) else len(set(wanted))
 
 
-def _card_of(source: Any) -> SaeCard | None:
+def _card_of(source: SaeSource) -> SaeCard | None:
     try:
         return read_card(source)
     except (OSError, ValueError, KeyError, UserError):

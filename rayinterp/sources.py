@@ -17,7 +17,7 @@ count, never refilled from another. Chance comes from (seed, feature, purpose) a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -28,6 +28,8 @@ from rayinterp.subject import FeatureId
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
+
+Ranked = TypeVar("Ranked")
 
 SPLITS = ("train", "valid", "test")
 WIDE = 10
@@ -93,6 +95,14 @@ Choices = dict[tuple[str, str], Choice]
 def generator_for(seed: int, feature: FeatureId, *purpose: str) -> np.random.Generator:
     """Chance that belongs to the feature: the same on one worker or a hundred."""
     return np.random.default_rng([seed, *"/".join((str(feature), *purpose)).encode()])
+
+
+def spread(ranked: Sequence[Ranked], count: int | None) -> list[Ranked]:
+    """`count` of them at even distances from first to last, each in the middle of its stretch; all of them for None."""
+    n = len(ranked)
+    if count is None or count >= n:
+        return list(ranked)
+    return [ranked[(2 * i + 1) * n // (2 * count)] for i in range(count)]
 
 
 def choose_positives(

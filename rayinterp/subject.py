@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
@@ -130,7 +131,22 @@ def _to_numpy(tensor: torch.Tensor) -> np.ndarray:
 
 
 def pick_device(device: str) -> str:
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    """What auto stands for here; a device that is named is taken as it is.
+
+    Raises:
+        UserError: this process was given GPUs, and torch sees none.
+    """
+    if device != "auto":
+        return device
+    if torch.cuda.is_available():
+        return "cuda"
+    given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if given[:1].isdigit() or given.startswith(("GPU-", "MIG-")):  # else a GPU's price is paid for a CPU's work
+        raise UserError(
+            f"this process was given GPUs (CUDA_VISIBLE_DEVICES={given}), and torch {torch.__version__} sees none: a "
+            "driver is missing, or this build of torch has no CUDA; set device: cpu to go without"
+        )
+    return "cpu"
 
 
 def pick_dtype(dtype: str, device: str) -> torch.dtype:

@@ -9,6 +9,7 @@ left to do.
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import shlex
 import time
@@ -18,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from aiohttp import ClientError
 from packaging.requirements import Requirement
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
@@ -25,11 +27,15 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from rayinterp.config import JobConfig, RunConfig
 from rayinterp.errors import UserError
 
-LEFT_HERE = (".git", "build", "runs", "*.lance", "__pycache__", ".venv*", "tests")
-"""Patterns of .gitignore: what no job reads."""
+LEFT_HERE = (".git", "build", "runs", "*.lance", "__pycache__", ".venv*", "tests", ".env", ".env.*", ".netrc", "*.pem")
+"""Patterns of .gitignore: what no job reads, and files that people keep keys in."""
+SIDE_BY_SIDE = {"harvest", "index"}
+"""Stages that may work on one run directory at the same time."""
 CONSTRAINTS = "constraints.txt"
 AGENT_SECONDS = 60
 """A head that has just come up answers before the agent that starts jobs does."""
+LOST_SECONDS = 60
+"""How long a log is asked for again after the connection was lost."""
 
 
 def runtime_env(job: JobConfig) -> dict[str, Any]:
@@ -111,6 +117,7 @@ def connect(address: str) -> JobSubmissionClient:
     Raises:
         UserError: nobody answers there, or not without a token.
     """
+    os.environ["RAY_API_SERVER_ADDRESS"] = address  # else Ray takes RAY_ADDRESS over the address that it is given
     try:
         return JobSubmissionClient(address)
     except AuthenticationError:
@@ -119,10 +126,9 @@ def connect(address: str) -> JobSubmissionClient:
             "~/.ray/auth_token or RAY_AUTH_TOKEN (`ray get-auth-token` on the head prints it)"
         ) from None
     except (ConnectionError, RuntimeError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0]
         raise UserError(
-            f"no job server answers at {address!r} ({first_line}); `ray dashboard cluster/aws.yaml` opens a tunnel to "
-            "one, `ray start --head` starts one on this machine"
+            f"no job server answers at {address!r} ({_first_line(error)}); `ray dashboard cluster/aws.yaml` opens a "
+            "tunnel to one, `ray start --head` starts one on this machine"
         ) from None
 
 
@@ -138,7 +144,7 @@ def submit(client: JobSubmissionClient, config: RunConfig, config_path: str, scr
     """
     check_job(config, config_path, script)
     for job in client.list_jobs():
-        if not job.status.is_terminal() and (job.metadata or {}).get("run_dir") == config.run_dir:
+        if not job.status.is_terminal() and _in_the_way(job.metadata or {}, config.run_dir, script):
             raise UserError(
                 f"job {job.submission_id} is at work on run_dir {config.run_dir!r}; follow it with `ray job logs "
                 f"--follow {job.submission_id}`, or end it with `ray job stop {job.submission_id}` and submit again"
@@ -155,16 +161,47 @@ def submit(client: JobSubmissionClient, config: RunConfig, config_path: str, scr
             return client.submit_job(**job)
         except RuntimeError as error:
             if "No available agent" not in str(error) or time.monotonic() > deadline:
-                raise UserError(f"the job server did not take the job: {str(error).strip().splitlines()[0]}") from None
+                raise UserError(f"the job server did not take the job: {_first_line(error)}") from None
             time.sleep(1)
 
 
+def _in_the_way(job: dict[str, str], run_dir: str, script: str) -> bool:
+    """Whether a job at work (its metadata) writes what this one would."""
+    same = job.get("run_dir", "").rstrip("/") == run_dir.rstrip("/")
+    return same and {job.get("job"), script} != SIDE_BY_SIDE
+
+
 def follow(client: JobSubmissionClient, submission_id: str, say: Callable[[str], None]) -> JobStatus:
-    """Hands the job's log over as it grows; returns how it ended. To stop following ends nothing on the cluster."""
+    """Hands the job's log over as it grows; returns how it ended. To stop following ends nothing on the cluster.
+
+    Raises:
+        UserError: the job server has not answered for `LOST_SECONDS`; the job goes on.
+    """
+    said, answered = 0, time.monotonic()
 
     async def tail() -> None:
+        nonlocal said, answered
+        place = 0  # a log that is asked for again comes from its start
         async for text in client.tail_job_logs(submission_id):
-            say(text)
+            say(text[max(said - place, 0) :])
+            place += len(text)
+            said, answered = max(said, place), time.monotonic()
 
-    asyncio.run(tail())
-    return client.get_job_status(submission_id)
+    while True:
+        try:
+            asyncio.run(tail())
+            status = client.get_job_status(submission_id)
+            if status.is_terminal():
+                return status
+            answered = time.monotonic()
+        except (RuntimeError, OSError, ClientError) as error:  # a tunnel that was cut, a head that is busy
+            if time.monotonic() - answered > LOST_SECONDS:
+                raise UserError(
+                    f"the job server has not answered for {LOST_SECONDS} s ({_first_line(error)}); if the head stands, "
+                    f"job {submission_id} goes on: `ray job logs --follow {submission_id}` shows it again"
+                ) from None
+        time.sleep(1)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0]

@@ -29,6 +29,7 @@ import pyarrow.compute as pc
 import ray.data
 
 from rayinterp.errors import UserError
+from rayinterp.pools import beside_driver
 
 COMMITS_BETWEEN_COMPACTIONS = 100
 """A committer compacts a table after so many commits."""
@@ -149,8 +150,12 @@ SCHEMAS: dict[str, pa.Schema] = {
             _field("document_id", pa.int64(), "Its document: what the bootstrap resamples."),
             _field("token_ids", _INT32S, "Its tokens in the subject model's vocabulary."),
             _field("tokens", pa.list_(pa.string()), "Its tokens as text."),
-            _field("activations", _FLOATS, "The feature's activation at each token."),
-            _field("similarity", pa.float32(), "Cosine to the mean of the positives; null where it played no part."),
+            _field("activations", _FLOATS, "The feature's activation at each token, in the SAE's units."),
+            _field(
+                "similarity",
+                pa.float32(),
+                "Mean cosine to the train positives, as projected for the source; neighbour: of decoders; else null.",
+            ),
         ]
     ),
     "record_counts": pa.schema(
@@ -167,7 +172,7 @@ SCHEMAS: dict[str, pa.Schema] = {
         [
             _field("feature_key", pa.string(), "Printed feature id."),
             _field("sequence_id", pa.int64(), "The sequence."),
-            _field("values", _FLOATS, "Fall of the mean activation when each token is dropped."),
+            _field("values", _FLOATS, "Fall of the mean activation when each token is dropped, in the SAE's units."),
             _field("chunk", pa.int32(), "Unit of work that computed it."),
         ]
     ),
@@ -209,7 +214,9 @@ SCHEMAS: dict[str, pa.Schema] = {
             _field("finalists", _INT32S, "Nodes that were attacked on valid before the winner was chosen."),
             _field("final_scores", _FLOATS, "Their correlations on valid with what sounds like any of them."),
             _field(
-                "status", pa.string(), "ok, no_records, no_positives, no_explanation, no_budget, or budget (cut short)."
+                "status",
+                pa.string(),
+                "ok, no_records, no_positives, no_explanation, llm_error, no_budget, or budget (cut short).",
             ),
             _field("cost_usd", pa.float64(), "Price of the search; null without a price."),
         ]
@@ -372,6 +379,11 @@ class Tables:
     storage_options: dict[str, str] | None = None
 
     def uri(self, table: str) -> str:
+        """Where a table lies.
+
+        Raises:
+            KeyError: there is no table of that name.
+        """
         if table not in SCHEMAS:
             raise KeyError(f"no table {table!r}; the tables are {', '.join(SCHEMAS)}")
         return f"{self.root.rstrip('/')}/{table}.lance"
@@ -391,6 +403,7 @@ class Tables:
         return None if dataset is None else dataset.version
 
     def exists(self, table: str) -> bool:
+        """Whether anything was ever written to it."""
         return self.open(table) is not None
 
     def read(self, table: str, columns: Sequence[str] | None = None, where: str | None = None) -> pa.Table:
@@ -426,6 +439,7 @@ class Tables:
         )
 
     def count(self, table: str, where: str | None = None) -> int:
+        """Rows that fit an SQL condition; 0 of a table that is not there."""
         dataset = self.open(table)
         return 0 if dataset is None else dataset.count_rows(where)
 
@@ -529,7 +543,9 @@ class Tables:
         """
         committer: Any = (
             ray.remote(FragmentCommitter)
-            .options(num_cpus=0, max_restarts=-1, max_task_retries=-1)  # pyright: ignore[reportCallIssue]
+            .options(  # pyright: ignore[reportCallIssue]
+                num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=beside_driver(soft=True)
+            )
             .remote(self, table, compact)
         )
         waiting: dict[int, dict[str, Any]] = {}

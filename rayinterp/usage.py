@@ -14,9 +14,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import fsspec
+from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from rayinterp.config import BudgetConfig, PoolResources, RunConfig
@@ -39,17 +41,26 @@ def read_manifest(run_dir: str) -> dict[str, Any]:
 
 
 def update_manifest(run_dir: str, change: Callable[[dict[str, Any]], None]) -> None:
-    """Reads, changes and writes `manifest.json`; whoever reads meanwhile sees the old one or the new one."""
+    """Reads, changes and writes `manifest.json`."""
     filesystem, name = fsspec.core.url_to_fs(f"{run_dir.rstrip('/')}/{MANIFEST}")
     with _writing:
         manifest = read_manifest(run_dir)
         change(manifest)
-        content = json.dumps(manifest, indent=2).encode()
-        if isinstance(filesystem, LocalFileSystem):  # an object store replaces an object whole as it is
-            filesystem.pipe_file(f"{name}.part", content)
-            os.replace(f"{name}.part", name)
-        else:
-            filesystem.pipe_file(name, content)
+        write_whole(filesystem, name, json.dumps(manifest, indent=2).encode())
+
+
+def write_whole(filesystem: AbstractFileSystem, name: str, content: bytes) -> None:
+    """Replaces a file: whoever reads meanwhile, or after a kill, finds the old content or the new one."""
+    if not isinstance(filesystem, LocalFileSystem):  # an object store replaces an object whole as it is
+        filesystem.pipe_file(name, content)
+        return
+    part = f"{name}.{os.getpid()}.part"  # of two drivers on one directory, each its own
+    try:
+        filesystem.pipe_file(part, content)
+        os.replace(part, name)
+    except OSError:
+        Path(part).unlink(missing_ok=True)
+        raise
 
 
 class Spent(NamedTuple):

@@ -44,6 +44,15 @@ def cut(tmp_path, documents, quota=100, **values):
     return rows, +dropped.counts
 
 
+def test_more_files_than_ids_have_room_for_are_refused(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text(json.dumps({"text": "abcdefgh" * 4}) + "\n")
+    arguments = (str(path), 9, Characters(), config(), 0, Dropped())
+    assert next(cut_file((1 << 19) - 1, *arguments))["sequence_id"] < 2**63
+    with pytest.raises(UserError, match="more than 524,288 files"):
+        next(cut_file(1 << 19, *arguments))
+
+
 def test_windows_tile_a_document_and_the_rest_is_dropped():
     dropped = Counter()
     found = windows(document("abcdefgh12345678xyz"), Characters(), config(), 0, dropped)

@@ -175,8 +175,9 @@ def score_rows(config: RunConfig) -> list[dict[str, Any]]:
             "ci_low": None if value is None else value - 0.1,
             "ci_high": None if value is None else value + 0.1,
             "num_records": 4,
-            "false_positives_per_sequence": 0.5,
-            "false_negatives_per_sequence": 1.25,
+            # A constant prediction makes no false positive and misses everything.
+            "false_positives_per_sequence": 0.0 if value is None else 0.5,
+            "false_negatives_per_sequence": 9.0 if value is None else 1.25,
             "status": "constant_prediction" if value is None else "wide",
         }
         for (explainer, control, simulator), values in SCORES.items()
@@ -284,6 +285,10 @@ def test_controls_stand_beside_their_explainer(page: Page, summary: Summary, con
     assert means["shuffled"].value == pytest.approx(0.15), "features that tree has no score on do not count"
     assert means["token_lookup"].value == pytest.approx(0.7)
     assert means["null"] == Interval(None, None, None, 0)
+    wrong = {control.control: control.false_positives for control in tree.controls}
+    assert (tree.false_positives.value, wrong["token_lookup"].value, wrong["null"].value) == (0.5, 0.5, 0.0)
+    assert wrong["shuffled"].value == pytest.approx(1 / 3), "of two that are scored, and one that is constant"
+    assert {tree.false_positives.n, tree.false_negatives.n, *(mean.n for mean in wrong.values())} == {3}
 
     name, value, scored, unscored, false_positives, false_negatives, lookup, shuffled, null = page.rows[
         f"{tree.key.simulator} {SOURCE} {tree.key.explainer}"
@@ -315,6 +320,30 @@ def test_simulators_are_compared_on_the_features_both_graded(summary: Summary, c
     agreement = next(row for row in summary.agreements if row.explainer == arm(config, "tree"))
     assert agreement.correlation.n == 3
     assert agreement.correlation.value == pytest.approx(np.corrcoef([0.8, 0.6, 0.4], [0.7, 0.6, 0.1])[0, 1])
+
+
+def test_the_head_says_which_records_scores_are_taken_on(html: str) -> None:
+    facts = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", html))
+    assert facts["Test records per feature"] == (
+        "30 positive, 30 of each of similar negative, and the 10 silent ones that sound most like each explanation"
+    )
+    assert facts["Features"] == "6: 5 live, 1 dead"
+
+
+def test_what_an_llm_failed_on_is_said_to_be_tried_again(tmp_path: Path) -> None:
+    config, key = small_config(str(tmp_path)), "layer_9/1"
+    tables, tree, late = Tables(config.run_dir), arm(config, "tree"), arm(config, "late")
+    tables.append("features", [{**identity(key), "status": "live"}])
+    tables.append("explanations", [{**identity(key), "explainer": tree, "simulator": late, "status": "llm_error"}])
+    node = {"feature_key": key, "explainer": tree, "simulator": late, "kind": "llm", "status": "llm_error"}
+    tables.append("candidates", [{**node, "node": 0}])
+    html = Path(write_report(tables, config)).read_text()
+    index, card = html[html.index('<table id="list">') :].split("<h2>Cards</h2>")
+    again = "the LLM failed on it; the next run tries again"
+    assert again in index and card.count(again) == 1
+    assert card.count("the LLM gave no answer") == 1, "a node of a search is not tried again"
+    rows = arm_summaries({}, {tree: {key: "llm_error"}}, Order((tree,), (late,), (SOURCE,)), config)
+    assert [row.unscored for row in rows] == [(("llm_error", 1),)]
 
 
 def test_few_features_or_a_long_interval_are_marked() -> None:

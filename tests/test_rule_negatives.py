@@ -1,7 +1,7 @@
 """Test records that the explanations' own words call for: on the planted run, against a scan written plainly."""
 
 import shutil
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import numpy as np
 from sentence_transformers import SentenceTransformer
@@ -11,7 +11,7 @@ from rayinterp.explanation import from_json
 from rayinterp.index import to_matrix
 from rayinterp.planted import FEATURES, VOCABULARY, fires
 from rayinterp.retrieve import RULE_NEGATIVE, Found
-from rayinterp.rule_negatives import load_rule_negatives, union
+from rayinterp.rule_negatives import load_rule_negatives, some_of_each_arm, union
 from rayinterp.subject import FeatureId
 from tests.conftest import planted_config, run_all
 
@@ -76,6 +76,30 @@ def test_all_arms_and_controls_of_a_feature_are_graded_on_the_same_records(plant
         assert set(graded[feature.index].values()) == {30 + len(called_for[feature])}
         assert {control for _, control in graded[feature.index]} == {"", "null", "shuffled", "token_lookup"}
         assert all(record.source == RULE_NEGATIVE and not record.activations.any() for record in called_for[feature])
+
+
+def test_a_cap_hears_every_arm_and_near_and_far_records_alike(planted_run):
+    feature, arms = FeatureId("a", 1), "abcdefgh"
+    of_arms = {arm: [(arm, rank) for rank in range(10)] for arm in arms}
+    assert some_of_each_arm(feature, of_arms, 16) == some_of_each_arm(feature, of_arms, 16)
+    assert sorted(some_of_each_arm(feature, of_arms, 16)) == [(arm, rank) for arm in arms for rank in (2, 7)]
+    # An arm that called for little leaves its turns to the others.
+    assert sorted(some_of_each_arm(feature, {**of_arms, "a": [("a", 3)]}, 79)) == [
+        ("a", 3), *((arm, rank) for arm in arms[1:] for rank in range(10))
+    ]  # fmt: skip
+    # With more arms than records, each is heard on some features.
+    heard = [{arm for arm, _ in some_of_each_arm(FeatureId("a", n), of_arms, 2)} for n in range(40)]
+    assert all(len(pair) == 2 for pair in heard) and set().union(*heard) == set(arms)
+
+    features = [FeatureId("planted", index) for index in (0, 1, 2)]
+    called_for = load_rule_negatives(planted_run.tables, features)
+    capped = load_rule_negatives(planted_run.tables, features, 4)
+    arm_of = {row["sequence_id"]: row["explainer"] for row in planted_run.tables.read("test_records").to_pylist()}
+    for feature in features:
+        ids = [record.sequence.sequence_id for record in capped[feature]]
+        assert len(ids) == 4 and set(ids) <= {record.sequence.sequence_id for record in called_for[feature]}
+    by_arm = Counter(arm_of[record.sequence.sequence_id] for record in capped[features[0]])
+    assert list(by_arm.values()) == [2, 2]  # `tree` says what `right` says, and called for nothing more
 
 
 def test_an_arm_that_joins_later_adds_its_own_and_the_others_are_graded_again(planted_run, tmp_path):

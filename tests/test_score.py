@@ -223,6 +223,11 @@ def test_the_mean_interval_of_features():
     assert mean_interval(np.array([]), seed=0) == (None, None, None, 0)
 
 
+def test_the_mean_interval_does_not_depend_on_the_order_of_features(rng):
+    values = rng.normal(size=30)
+    assert len({mean_interval(rng.permutation(values), seed=0) for _ in range(5)}) == 1
+
+
 def test_evaluate_takes_the_largest_rule(planted_run):
     from rayinterp.explanation import Rule
     from rayinterp.records import load_records

@@ -309,6 +309,33 @@ def test_what_a_directory_has_done_since_is_not_overwritten(run, target, tmp_pat
         pull(target, str(pulled))
 
 
+def test_a_table_with_versions_of_its_own_is_not_hidden_by_one_that_is_pulled(run, target, tmp_path):
+    pulled = tmp_path / "pulled"
+    push(str(run), target)
+    pull(target, str(pulled))
+    write(pulled, {"explanations.lance/_versions/2.manifest": b"mine", "explanations.lance/data/mine.lance": b"paid"})
+    before = contents(pulled)
+    assert pull(target, str(pulled)).num_files == 0
+    assert contents(pulled).keys() == before.keys()
+    write(run, {"explanations.lance/_versions/3.manifest": b"theirs", "explanations.lance/data/d.lance": b"theirs"})
+    push(str(run), target)
+    with pytest.raises(UserError, match=r"explanations\.lance/.* was written since the last pull"):
+        pull(target, str(pulled))
+    assert contents(pulled) == before
+
+
+def test_a_pulled_table_that_was_made_anew_replaces_the_old_one(run, target, tmp_path):
+    pulled = tmp_path / "pulled"
+    write(run, {"records.lance/_versions/9.manifest": b"version 9"})
+    push(str(run), target)
+    pull(target, str(pulled))
+    (run / "records.lance/_versions/9.manifest").unlink()
+    write(run, {"records.lance/_versions/2.manifest": b"made anew"})
+    push(str(run), target)
+    pull(target, str(pulled))
+    assert {**contents(pulled), LISTING: b""} == {**contents(run), LISTING: b""}
+
+
 def test_a_table_that_is_written_to_meanwhile_is_noticed(run, target, tmp_path, monkeypatch):
     copy = share_folder.copy
 

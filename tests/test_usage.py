@@ -1,3 +1,4 @@
+import errno
 import json
 import threading
 
@@ -7,7 +8,7 @@ import rayinterp.usage
 from rayinterp.config import BudgetConfig, PoolResources, arm_id, differing_fields, load_config, parse_config
 from rayinterp.errors import UserError
 from rayinterp.explain.runner import dollars_spent
-from rayinterp.run import absolute, open_run, run_stage, service_gpus
+from rayinterp.run import absolute, freeze, open_run, run_stage, service_gpus
 from rayinterp.tables import Tables
 from rayinterp.usage import Meter, Spent, exceeded, read_manifest, update_manifest, usage_of
 from tests.conftest import CONFIGS, planted_config
@@ -185,3 +186,29 @@ def test_a_run_whose_budget_is_spent_stops_and_goes_on_when_it_is_raised(tmp_pat
     run_stage(open_run(spent), "harvest")
     assert (tables.count("features"), len(tables.finished_units("activations"))) == (6, 4)
     assert spent_by(tmp_path / "run", "harvest").seconds > before.seconds
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    update_manifest(str(tmp_path), lambda manifest: manifest.update(stages={"corpus": 1}))
+
+    def full(*paths):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(rayinterp.usage.os, "replace", full)
+        with pytest.raises(OSError, match="No space left"):
+            update_manifest(str(tmp_path), lambda manifest: manifest.update(stages={}))
+    assert read_manifest(str(tmp_path)) == {"stages": {"corpus": 1}}
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+
+
+def test_run_yaml_is_left_alone_where_nothing_changed_and_one_that_is_damaged_is_named(tmp_path, monkeypatch):
+    freeze(planted_config(tmp_path))
+    with monkeypatch.context() as patched:
+        patched.setattr(rayinterp.usage.os, "replace", None)
+        freeze(planted_config(tmp_path))
+    freeze(planted_config(tmp_path, "name=another"))
+    assert "name: another" in (tmp_path / "run.yaml").read_text()
+    (tmp_path / "run.yaml").write_text("")
+    with pytest.raises(UserError, match=r"run\.yaml is damaged: it holds no settings"):
+        freeze(planted_config(tmp_path))

@@ -1,8 +1,8 @@
 """Experiments as sets of explainer arms, made from the config's tree explainer by changing one thing at a time.
 
 A tree arm of the config is the template: its LLM, its simulator, its breadth and depth. Wherever an experiment does not
-say otherwise, answers are structured, no negatives or holistic activations are shown, and nothing falsifies, so that
-"tree" is the same arm in every experiment.
+say otherwise, answers are structured, no negatives or holistic activations are shown, the search begins with the LLM's
+roots alone, and nothing falsifies, so that "tree" is the same arm in every experiment.
 """
 
 from __future__ import annotations
@@ -33,7 +33,12 @@ FORMS: dict[str, dict[str, Any]] = {
     "negatives": {"num_negatives_shown": NUM_NEGATIVES},
 }
 """What an explainer is shown and asked for, in `explainer_comparison`."""
-BASE: dict[str, Any] = {"structured": True, "holistic": False, "num_negatives_shown": 0}
+BASE: dict[str, Any] = {
+    "structured": True,
+    "holistic": False,
+    "num_negatives_shown": 0,
+    "lexical_root": False,  # what no LLM wrote would count as what search adds, and as rules in an arm of sentences
+}
 
 Arms = dict[str, ExplainerConfig]
 
@@ -52,7 +57,7 @@ def template_of(config: RunConfig) -> TreeConfig:
     """The config's tree explainer, without what experiments switch on.
 
     Raises:
-        UserError: it has none, or several.
+        UserError: it has none, or several, or one whose search begins with no LLM root.
     """
     trees = {name: arm for name, arm in config.explainers.items() if isinstance(arm, TreeConfig)}
     tree = trees.get("tree", next(iter(trees.values()), None))
@@ -60,6 +65,10 @@ def template_of(config: RunConfig) -> TreeConfig:
         raise UserError(
             f"explainers has {len(trees)} arms with method: tree ({', '.join(trees) or 'none'}); experiments are made "
             "from one of them: call it tree"
+        )
+    if not tree.num_llm_roots:
+        raise UserError(
+            "the tree explainer has num_llm_roots: 0; experiments' trees begin with these alone: set 1 or more"
         )
     return tree.model_copy(update=BASE)
 

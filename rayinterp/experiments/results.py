@@ -96,7 +96,8 @@ class Outcome(NamedTuple):
 
     def measure(self, arm: str, measure: str) -> Values:
         """Of complexity, of the features that this simulator graded."""
-        graded = {key for source in self.sources for key in self._graded(arm, source)}
+        rows = [(key, score) for source in self.sources for key, score in self._graded(arm, source).items()]
+        graded = {key for key, score in rows if score.num_records}
         values = self.complexity.get((self.explainers[arm], measure), {})
         return {key: value for key, value in values.items() if key in graded}
 

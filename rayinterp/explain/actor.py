@@ -26,6 +26,7 @@ from rayinterp.explain.client import (
     api_key,
     limited,
     openai_client,
+    plain_question,
     price,
     scripted_client,
 )
@@ -34,7 +35,7 @@ from rayinterp.explain.local import served_client
 from rayinterp.explain.planted_llm import planted_client
 from rayinterp.explain.rows import NodeCommitter, arm_ids, explanation_row, why_not
 from rayinterp.explain.status import Spent
-from rayinterp.explanation import Explanation
+from rayinterp.explanation import Explanation, claims
 from rayinterp.holistic import read_holistic
 from rayinterp.records import ActivationRecord, load_records
 from rayinterp.retrieve import SilentRequest
@@ -129,9 +130,9 @@ def metered(generate: Generate, run: str, name: str, llm: LLMConfig) -> Generate
 class CallFailedError(RuntimeError):
     """A call failed for good, and the search with it; nothing is lost, and the feature may be tried again."""
 
-    def __init__(self, message: str, transient: bool) -> None:
-        super().__init__(message, transient)
-        self.transient = transient
+    def __init__(self, message: str, transient: bool, llm_answers: bool) -> None:
+        super().__init__(message, transient, llm_answers)
+        self.transient, self.llm_answers = transient, llm_answers
 
 
 class SearchActor:
@@ -174,8 +175,8 @@ class SearchActor:
         Args:
             fresh: Nothing has been asked about it before, so that the ledger need not be read. An actor that was
                 started anew cannot rely on it.
-            tolerant: Go on without the LLM answers that fail. Else the arm that meets one has no explanation's row
-                and is left for another try.
+            tolerant: Go on without the LLM answers that fail while the LLM answers a plain question. Else the arm that
+                meets one has no explanation's row and is left for another try.
         """
         records = await asyncio.to_thread(load_records, self._tables, feature, ("train", "valid"))
         simulators: dict[str, SimulateAsync] = {}
@@ -202,7 +203,8 @@ class SearchActor:
                 search = await search_feature(one, lambda: self._stopping, commit)
             except CallFailedError as failure:
                 answered = sum(ledger.num_new for ledger in ledgers.values())
-                return Explained(best, answered, arms[place:], str(failure.args[0]), failure.transient)
+                left, message = arms[place:], str(failure.args[0])
+                return Explained(best, answered, left, message, failure.transient, failure.llm_answers)
             cut = self._stopping and any(node.status == "stopped" for node in search.nodes)
             row = explanation_row(feature, ids, search, "budget" if cut else None, len(one.evaluator.falsifiers))
             await self._commit(commit.rest(search), row)
@@ -229,13 +231,23 @@ class SearchActor:
                 return await ledger(request, feature_key)
             except LLMError as error:
                 self._spent.failed_calls += 1
-                if tolerant:
+                llm_answers = await self._answers(arm, feature_key)
+                if tolerant and llm_answers:
                     raise
-                raise CallFailedError(str(error), error.transient) from None
+                raise CallFailedError(str(error), error.transient, llm_answers) from None
 
         llm = self._config.llms[arm.llm]
         holistic = await asyncio.to_thread(read_holistic, self._tables, feature) if arm.holistic else {}
         return llm_proposer(call, llm, arm, feature, records["train"], holistic, self._config.seed)
+
+    async def _answers(self, arm: OneShotConfig, feature_key: str) -> bool:
+        """Whether an arm's LLM answers a plain question; neither ledger nor account hears of it."""
+        question = plain_question(self._config.llms[arm.llm], arm.temperature)
+        try:
+            await self._services.llms[arm.llm](question, feature_key)
+        except LLMError:
+            return False
+        return True
 
     async def _ledger(self, llm: str, feature: FeatureId, fresh: bool) -> Ledger:
         rows: list[dict[str, Any]] = []
@@ -260,8 +272,8 @@ class SearchActor:
         assert retrieve is not None, "a falsifier without a retriever"
 
         async def silent(explanations: list[Explanation], split: str, count: int) -> list[ActivationRecord]:
-            texts = [tuple(rule.activates_on for rule in explanation) for explanation in explanations]
-            found = await retrieve([SilentRequest(feature, of_one, split, count) for of_one in texts])
+            requests = [SilentRequest(feature, claims(explanation), split, count) for explanation in explanations]
+            found = await retrieve(requests)
             return list({r.sequence.sequence_id: r for of_one in found for r in of_one}.values())
 
         return silent
@@ -308,3 +320,5 @@ class Explained(NamedTuple):
     """Of an LLM call, where arms are left."""
     transient: bool = False
     """Whether that may pass by itself."""
+    llm_answers: bool = False
+    """Whether the LLM answered a plain question then."""

@@ -34,6 +34,9 @@ CHARACTERS_A_TOKEN = 3
 """Where an endpoint does not count: few enough for a bill that is too high sooner than too low."""
 LONGEST_PAUSE_SECONDS = 120
 """The longest Retry-After that the openai package waits for."""
+PLAIN_QUESTION: Message = {"role": "user", "content": "Is water wet? Answer with one word."}
+PLAIN_TOKENS = 16
+"""Of its answer: the fewest that all endpoints allow."""
 
 
 class LLMRequest(NamedTuple):
@@ -88,6 +91,12 @@ class Generate(Protocol):
     """Makes one call, for one feature."""
 
     def __call__(self, request: LLMRequest, feature_key: str) -> Awaitable[LLMReply]: ...
+
+
+def plain_question(config: LLMConfig, temperature: float) -> LLMRequest:
+    """What any LLM answers that is up and set up rightly, for next to nothing: whether it does tells an outage from a
+    prompt that it cannot take."""
+    return LLMRequest(endpoint_of(config), config.model, (PLAIN_QUESTION,), temperature, PLAIN_TOKENS, seed=0)
 
 
 def endpoint_of(config: LLMConfig) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 from rayinterp.config import AnswerFormat, LLMConfig, OneShotConfig
 from rayinterp.corpus import stable_hash
 from rayinterp.explain.client import LLMError, LLMReply, LLMRequest, endpoint_of
-from rayinterp.explanation import MAX_STRENGTH, Explanation, ParseError, parse_string, parse_structured
+from rayinterp.explanation import Explanation, ParseError, parse_string, parse_structured
 from rayinterp.prompts import (
     AnswerForm,
     MarkedRecord,
@@ -38,6 +38,8 @@ Call = Callable[[LLMRequest, str], Awaitable["tuple[LLMReply, float | None]"]]
 
 MAX_ERRORS_SHOWN = 12
 """Tokens per record in feedback: the largest errors."""
+MIN_ERROR = 0.5
+"""What prediction and truth must differ by to be an error."""
 UNFINISHED = ("length", "content_filter")
 """Reasons for which an answer ends before its end."""
 MAX_NEEDED_SHOWN = 5
@@ -190,8 +192,10 @@ def feedback(
 
 
 def _errors(record: ActivationRecord, predicted: Float[np.ndarray, "seq"]) -> list[TokenError]:
-    """Tokens on which the two differ, in the text's order, the largest differences only; both shown alike."""
-    actual, guess = displayed(record.activations), [min(max(round(p), 0), MAX_STRENGTH) for p in predicted.tolist()]
-    differing = [i for i in range(len(actual)) if actual[i] != guess[i]]
-    shown = sorted(sorted(differing, key=lambda i: -abs(actual[i] - guess[i]))[:MAX_ERRORS_SHOWN])
+    """Tokens on which the two differ, in the text's order, the largest differences only; both shown alike. A prediction
+    that is no number is no error of the explanation."""
+    errors = np.abs(predicted - record.activations)
+    actual, guess = displayed(record.activations), displayed(np.nan_to_num(predicted))
+    differing = [i for i in range(len(actual)) if errors[i] >= MIN_ERROR and actual[i] != guess[i]]
+    shown = sorted(sorted(differing, key=lambda i: -errors[i])[:MAX_ERRORS_SHOWN])
     return [TokenError(record.sequence.tokens[i], guess[i], actual[i]) for i in shown]

@@ -1,6 +1,7 @@
 """Whether an LLM is down, from what becomes of features: when to go on, when to wait, when to give up.
 
-Knows neither Ray nor LLMs.
+Where a call fails, the LLM is asked a plain question too. If it answers that, it is up, and the feature's own prompt is
+what it cannot take. Knows neither Ray nor LLMs.
 """
 
 from __future__ import annotations
@@ -15,50 +16,42 @@ PAUSE_SECONDS = 20.0
 
 
 class Outage:
-    """Told of answers and failures as they come.
+    """Told of answers, and of features that fail while an LLM answers nothing else either.
 
     Args:
-        has_answered: Calls were answered in a run before this one.
+        has_answered: Every explainer had answers in a run before this one.
         patience: Seconds that it may be down.
         clock: Seconds that only go up.
     """
 
     def __init__(self, has_answered: bool, patience: float, clock: Callable[[], float] = time.monotonic) -> None:
         self.has_answered = has_answered
-        """Ever: an LLM that never did is not configured rightly, and waiting would not help."""
+        """About a feature, in this run or one before: an LLM that never did is not set up rightly, and waiting would
+        not help."""
         self.resume_at = 0.0
         """Nothing should be tried before."""
-        self._in_doubt: set[str] = set()
-        """Features whose failure may pass, since the last answer."""
         self._patience, self._clock = patience, clock
-        self._failures, self._last_answer = 0, clock()
-
-    @property
-    def doubted(self) -> bool:
-        """A feature failed as it would in an outage, and no call was answered since."""
-        return bool(self._in_doubt)
+        self._failures, self._last_sign = 0, clock()
 
     @property
     def down(self) -> bool:
         return self._failures >= MAX_FAILURES
 
     def answered(self, num_calls: int) -> None:
-        """Takes note of calls that were answered, if any were."""
+        """Takes note of calls about features that were answered, if any were."""
         if num_calls > 0:
-            self.has_answered, self._failures, self._last_answer = True, 0, self._clock()
-            self._in_doubt.clear()
+            self.has_answered = True
+            self.is_up()
 
-    def tolerates(self, feature: str) -> bool:
-        """Whether a failure of this feature says something of it alone. In an outage its failed answers would stay."""
-        return self.has_answered and not self.down and self._in_doubt <= {feature}
+    def is_up(self) -> None:
+        """Takes note of a sign of life: an answer, if only to the plain question."""
+        self._failures, self._last_sign = 0, self._clock()
 
-    def failed(self, feature: str, transient: bool) -> bool:
-        """Takes note of a feature that failed; returns whether there is no point in going on."""
+    def failed(self, transient: bool) -> bool:
+        """Takes note of a feature that failed as any would now; returns whether there is no point in going on."""
         self._failures += 1
-        if transient:
-            self._in_doubt.add(feature)
         if not self.down:
             return False
         self.resume_at = self._clock() + PAUSE_SECONDS
-        too_long = self._clock() - self._last_answer > self._patience
+        too_long = self._clock() - self._last_sign > self._patience
         return too_long or not transient or not self.has_answered

@@ -30,6 +30,7 @@ _GRADING = {"num_features", "max_records", "max_pairs"}
 
 
 def candidate_row(feature: FeatureId, ids: tuple[str, str], search: TreeSearch, node: Node) -> dict[str, Any]:
+    """A node as it was scored first: it is handed over then, before a falsifier has it scored again."""
     return {
         "feature_key": str(feature),
         "explainer": ids[0],
@@ -75,9 +76,13 @@ def explanation_row(
         "num_falsifiers": num_falsifiers,
         "finalists": [node.node for node in nodes if node.final_score is not None],
         "final_scores": [node.final_score for node in nodes if node.final_score is not None],
-        "status": status or ("ok" if winner else "no_explanation"),
+        "status": status or ("ok" if winner else _why_no_winner(nodes)),
         "cost_usd": None if any(cost is None for cost in costs) else sum(c for c in costs if c is not None),
     }
+
+
+def _why_no_winner(nodes: list[Node]) -> str:
+    return "llm_error" if any(node.status == "llm_error" for node in nodes) else "no_explanation"
 
 
 def _chosen_by(winner: Node) -> float | None:

@@ -5,8 +5,9 @@
                          committer: nodes as they are scored, then the winner, whose row marks the feature as finished
 
 A feature's arms run one after another, so that equal requests of two arms are paid for once. A search that was
-interrupted is run again from its start: ledger and memo answer all that they have been told, so that it comes to where
-it was without paying.
+interrupted is run again from its start. The ledger answers all that it has been told, and the memo of an LLM simulator
+gives the numbers of before: it comes to where it was without paying. Late interaction has no memo, and rounds a little
+otherwise where other texts shared its batches: the few requests whose feedback shows that are made and paid for anew.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 
 import ray
 
-from rayinterp.config import OneShotConfig, RunConfig, TreeConfig, features_within_calls, llms_used
+from rayinterp.config import OneShotConfig, RunConfig, TreeConfig, features_within_calls
 from rayinterp.errors import UserError
 from rayinterp.explain.actor import Connect, Explained, SearchActor, connect, llm_keys
 from rayinterp.explain.outage import Outage
@@ -30,12 +31,13 @@ from rayinterp.subject import FeatureId, interleave
 from rayinterp.tables import Tables, sql_in
 
 MAX_TRIES = 3
-"""Of a feature on which calls fail while others succeed; the last one goes on without the answers that fail."""
+"""Of a feature on which calls fail while the LLM answers a plain question; the last one goes on without the answers
+that fail."""
 MAX_RESTARTS = 100
 """Of a search actor whose process is lost. Its features are tried again without a limit of their own: while an actor is
 being started, tries fail by the second."""
-UNFINISHED = ("budget", "no_budget")
-"""Statuses of explanations that a larger budget would change."""
+TRIED_AGAIN = ("budget", "no_budget", "llm_error")
+"""Statuses of explanations that another run may change."""
 
 OverBudget = Callable[[float], str | None]
 """Why nothing more may be spent, given the dollars spent on LLMs; None while there is something left."""
@@ -64,19 +66,26 @@ def arms_left(config: RunConfig, tables: Tables, features: list[FeatureId]) -> d
 
 
 def reopen(config: RunConfig, tables: Tables, over_budget: OverBudget) -> None:
-    """Forgets that a budget ended or prevented searches, where there is more of it now."""
+    """Forgets searches that a budget ended or prevented, where there is more of it now, and those that had no answer
+    from their LLM."""
     if over_budget(dollars_spent(tables)) is not None:
         return
     affordable = features_with_llm(config, live_features(tables))
     ids = {name: arm_ids(config, name)[0] for name in config.explainers}
-    where = f"{sql_in('status', UNFINISHED)} and {sql_in('explainer', ids.values())}"
+    where = f"{sql_in('status', TRIED_AGAIN)} and {sql_in('explainer', ids.values())}"
     with_llm = {ids[name] for name, arm in config.explainers.items() if isinstance(arm, OneShotConfig)}
     by_arm: dict[str, list[str]] = {}
     for row in tables.read("explanations", ["feature_key", "explainer"], where).to_pylist():
         if FeatureId.parse(row["feature_key"]) in affordable or row["explainer"] not in with_llm:
             by_arm.setdefault(row["explainer"], []).append(row["feature_key"])
+    if by_arm:
+        # All arms of a feature are graded on what any of them called for, and that arm's winner may be another now.
+        features = sorted({key for keys in by_arm.values() for key in keys})
+        graded = f"{sql_in('explainer', ['', *ids.values()])} and {sql_in('feature_key', features)}"
+        for table in ("scores", "predictions", "test_records"):
+            tables.delete(table, graded)
     for arm, keys in by_arm.items():
-        for table in ("scores", "complexity", "predictions", "candidates", "explanations"):
+        for table in ("complexity", "candidates", "explanations"):
             tables.delete(table, f"explainer = '{arm}' and {sql_in('feature_key', keys)}")
 
 
@@ -159,8 +168,8 @@ class _Driver:
         self._running: dict[Any, tuple[_Task, Any]] = {}
         self._account = Account(self._actors)
         self._asked_about = tables.distinct("llm_calls", "feature_key")
-        models = {config.llms[name].model for name in llms_used(config)}
-        has_answered = models <= tables.distinct("llm_calls", "model")
+        asking = {arm_ids(config, name)[0] for name, arm in config.explainers.items() if isinstance(arm, OneShotConfig)}
+        has_answered = asking <= tables.distinct("candidates", "explainer", "prompt_tokens > 0")
         self._outage = Outage(has_answered, config.resources.max_outage_seconds)
         self._calls = 0
 
@@ -176,7 +185,7 @@ class _Driver:
             stop = self._over_budget(status.spent.usd)
             if stop:
                 self._stop(queue)
-            while queue and self._may_submit(queue[0]):
+            while queue and self._may_submit():
                 self._submit(queue.popleft(), affordable)
             for task, done in self._wait():
                 status.take(done.valid_scores, finished=done.failure is None)
@@ -196,20 +205,15 @@ class _Driver:
             for actor in [*self._actors, *([self._retriever] if self._retriever else [])]:
                 ray.kill(actor)
 
-    def _may_submit(self, task: _Task) -> bool:
-        """While an LLM is down, one feature at a time asks whether it still is. While it may be, a last try, which
-        takes failed answers for what they are, waits for what the others meet."""
+    def _may_submit(self) -> bool:
+        """While an LLM is down, one feature at a time asks whether it still is."""
         waited = time.monotonic() >= self._outage.resume_at
-        alone = self._outage.down or (self._outage.doubted and self._is_last_try(task))
-        return bool(self._idle) and waited and not (alone and self._running)
-
-    def _is_last_try(self, task: _Task) -> bool:
-        return task.tries + 1 >= MAX_TRIES
+        return bool(self._idle) and waited and not (self._outage.down and self._running)
 
     def _submit(self, task: _Task, affordable: set[FeatureId]) -> None:
         actor, key = self._idle.pop(), str(task.feature)
-        tolerant = self._is_last_try(task) and self._outage.tolerates(key)
-        arguments = (task.feature, task.arms, task.feature in affordable, key not in self._asked_about, tolerant)
+        is_last_try = task.tries + 1 >= MAX_TRIES
+        arguments = (task.feature, task.arms, task.feature in affordable, key not in self._asked_about, is_last_try)
         self._asked_about.add(key)
         self._running[actor.explain.options(max_task_retries=-1).remote(*arguments)] = task, actor
 
@@ -235,14 +239,11 @@ class _Driver:
         self._outage.answered(calls - self._calls)
         self._calls = max(calls, self._calls)
         left = task._replace(arms=list(done.left))
-        if self._outage.failed(str(task.feature), done.transient):
-            return done.failure
-        if self._outage.down:
+        if not (self._outage.has_answered and done.llm_answers):  # it says nothing of the feature
             queue.append(left)
-        elif self._is_last_try(task) and not self._outage.has_answered:
-            return done.failure
-        else:
-            queue.append(left._replace(tries=task.tries + 1 if done.transient else MAX_TRIES - 1))
+            return done.failure if self._outage.failed(done.transient) else None
+        self._outage.is_up()
+        queue.append(left._replace(tries=task.tries + 1 if done.transient else MAX_TRIES - 1))
         return None
 
     def _stop(self, queue: deque[_Task]) -> None:

@@ -36,8 +36,9 @@ from rayinterp.explain.actor import make_client
 from rayinterp.explain.client import Generate, Ledger, LLMError, LLMReply, LLMRequest, api_key, limited
 from rayinterp.explain.outage import MAX_FAILURES
 from rayinterp.explanation import Explanation, wording
-from rayinterp.grade import first_of_each_source
+from rayinterp.grade import replace_scores, some_of_each_source
 from rayinterp.grade_plan import (
+    TRIED_AGAIN,
     Explained,
     count_records,
     count_rule_negatives,
@@ -47,6 +48,7 @@ from rayinterp.grade_plan import (
     score_row,
     settings_of,
     shuffled_explanations,
+    standing,
 )
 from rayinterp.index import embedder_path
 from rayinterp.progress import Progress, silent
@@ -60,10 +62,8 @@ from rayinterp.simulate.client import SimulatorClient
 from rayinterp.simulate.simulator import CONTROL_NULLS
 from rayinterp.sources import generator_for
 from rayinterp.subject import FeatureId
-from rayinterp.tables import COMMIT_SECONDS, Tables, sql_in
+from rayinterp.tables import COMMIT_SECONDS, Tables
 
-TRIED_AGAIN = ("llm_error", "no_budget")
-"""Statuses that another run may change."""
 MAX_RESTARTS = 100
 """Of an actor whose process is lost."""
 
@@ -111,7 +111,7 @@ def plan_scorer(config: RunConfig, tables: Tables, name: str, explainers: list[s
     called_for = count_rule_negatives(config, tables)
     silent_alone = isinstance(scorer, IntruderConfig)
     num_records = count_records(tables, "test", called_for, scorer.max_records, silent_alone)
-    stands = _standing(config, tables, arm)
+    stands = standing(config, tables, arm)
     by_feature = _to_grade(scorer, tables, explainers)
     calls_left = config.llms[scorer.llm].max_calls if isinstance(scorer, JudgeConfig) else None
     plan = ScorerPlan(name, arm, [], [], 0)
@@ -169,26 +169,6 @@ def most_calls(scorer: JudgeConfig, num_records: int, num_texts: int) -> int:
     """LLM calls that one feature may take."""
     per_text = num_records if isinstance(scorer, IntruderConfig) else -(-num_records // scorer.num_shown)
     return per_text * num_texts * (1 + scorer.max_parse_retries)
-
-
-def _standing(config: RunConfig, tables: Tables, arm: str) -> dict[tuple[str, str], str]:
-    """By (feature, explainer) that have rows under every source and the present settings: their status, the one that
-    asks for another try first."""
-    sources, called_for = graded_sources(config), count_rule_negatives(config, tables)
-    columns = ["feature_key", "explainer", "control", "source", "settings", "status"]
-    under: dict[tuple[str, str], dict[str, str]] = {}
-    again: dict[tuple[str, str], str] = {}
-    for row in tables.read("scores", columns, f"simulator = '{arm}' and {sql_in('source', sources)}").to_pylist():
-        if row["settings"] != settings_of(config, called_for[row["feature_key"]]):
-            continue
-        pair = row["feature_key"], row["explainer"]
-        if not row["control"]:
-            under.setdefault(pair, {})[row["source"]] = row["status"]
-        if row["status"] in TRIED_AGAIN:
-            again[pair] = row["status"]
-    whole = {pair: next(iter(of_pair.values())) for pair, of_pair in under.items() if of_pair.keys() >= set(sources)}
-    # A null text that failed is every explainer's.
-    return {pair: again.get(pair) or again.get((pair[0], "")) or status for pair, status in whole.items()}
 
 
 def unscored_rows(
@@ -291,10 +271,11 @@ class ScorerActor:
         return Scored(rows, ledger.num_new if ledger else 0, ledger.usd_new if ledger else 0.0)
 
     def _load(self, feature: FeatureId) -> list[Any]:
-        drawn = load_records(self._tables, feature, ("test",))["test"]
+        most = self._scorer.max_records
+        drawn = some_of_each_source(load_records(self._tables, feature, ("test",))["test"], most)
         if self._config.score.num_rule_negatives:
-            drawn += rule_negatives.load_rule_negatives(self._tables, [feature])[feature]
-        return first_of_each_source(drawn, self._scorer.max_records)
+            drawn += rule_negatives.load_rule_negatives(self._tables, [feature], most)[feature]
+        return drawn
 
     async def _ask(
         self, scorer: JudgeConfig, ledger: Ledger, feature: FeatureId, records: list[Any], descriptions: list[str]
@@ -347,7 +328,7 @@ def run_scorers(
     """
     usd = 0.0
     for plan in plans:
-        replace_scores(tables, plan.arm, plan.unscored)
+        replace_scores(tables, plan.unscored)
         if plan.work:
             usd = _run_scorer(config, tables, plan, committer, progress, over_budget, connect, usd)
     if any(plan.work for plan in plans):
@@ -400,7 +381,7 @@ def _run_scorer(
                 waiting += scored.rows
             if waiting and (not (queue or running) or time.monotonic() - last_write > COMMIT_SECONDS):
                 ray.get(committer.flush.remote())  # what a score rests on is durable before it
-                replace_scores(tables, plan.arm, waiting)
+                replace_scores(tables, waiting)
                 waiting, last_write = [], time.monotonic()
                 progress(done, total, plan.name)
     finally:
@@ -430,18 +411,3 @@ def start_actors(
     arguments = (config, tables, committer, plan.name, key, connect)
     actors: list[Any] = [actor.remote(*arguments) for _ in range(num_actors)]
     return actors, actors * at_once
-
-
-def replace_scores(tables: Tables, arm: str, rows: list[dict[str, Any]]) -> None:
-    """Appends a scorer's rows in place of those of the same features and explainers that are outdated: made by other
-    settings, or by a run that got no answer."""
-    by_settings: dict[str, set[str]] = {}
-    for row in rows:
-        by_settings.setdefault(row["settings"], set()).add(row["feature_key"])
-    explainers = sorted({row["explainer"] for row in rows} | {""})
-    for settings, features in by_settings.items():
-        same = f"simulator = '{arm}' and {sql_in('explainer', explainers)} and {sql_in('feature_key', features)}"
-        outdated = f"{same} and (settings != '{settings}' or {sql_in('status', TRIED_AGAIN)})"
-        if tables.count("scores", outdated):
-            tables.delete("scores", outdated)
-    tables.append("scores", rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from collections.abc import Callable
 from typing import IO, Any, NamedTuple
 
 from rayinterp.errors import UserError
@@ -43,7 +44,9 @@ def open_artifact(target: str, folder: str) -> Artifact:
     return Artifact(wandb.Api().artifact(f"{entity}/{project}/{name}:{version or 'latest'}"), folder)
 
 
-def push_artifact(run: Run, files: list[SharedFile], target: str, progress: Progress, check: Any) -> Moved:
+def push_artifact(
+    run: Run, files: list[SharedFile], target: str, progress: Progress, check: Callable[[], None]
+) -> Moved:
     """As a new version of a W&B artifact, which W&B makes visible once it is whole; it keeps what has not changed."""
     entity, project, name, version = artifact_place(target)
     if version:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 from rayinterp.errors import UserError
@@ -12,7 +13,7 @@ from rayinterp.share.listing import LISTING, Moved, SharedFile, as_json, check_s
 from rayinterp.share.source import Run, must_be_local
 
 
-def push_hub(run: Run, files: list[SharedFile], target: str, progress: Progress, check: Any) -> Moved:
+def push_hub(run: Run, files: list[SharedFile], target: str, progress: Progress, check: Callable[[], None]) -> Moved:
     """To a dataset repository, as one commit, which is there whole or not at all. It is made private where it is new.
 
     What the hub has of an interrupted push is not sent again: its client asks by hash.

@@ -43,6 +43,7 @@ def pull(target: str, run_dir: str, progress: Progress = silent) -> Moved:
             )
         check_same_run(origin, folder, run_dir)
         left = files_left(files, folder, run_dir)
+        stale = _stale(files, read_listing(folder, LISTING, run_dir) or [])
         skipped = len(files) - len(left)
         # First what says whose directory this is.
         left.sort(key=lambda file: file.path != CONFIG)
@@ -55,6 +56,8 @@ def pull(target: str, run_dir: str, progress: Progress = silent) -> Moved:
                 f"{target!r} is damaged: {error}. Nothing of that file was kept, the others stay. Pull again; if it "
                 "stays so, delete it there and push again from the original"
             ) from None
+        for path in stale:
+            folder.remove(path)
         folder.write(LISTING, as_json(files))
     return Moved(len(left), sum(file.size for file in left), skipped)
 
@@ -91,4 +94,27 @@ def files_left(files: list[SharedFile], folder: Folder, run_dir: str) -> list[Sh
                 f"{folder.at(file.path)} has another content than what is to be pulled, and would be overwritten; "
                 "pull into another directory, or delete that file if it is damaged"
             )
+    known = pulled.keys() | {file.path for file in files}
+    changing = {_table(file.path) for file in left} - {None}
+    for path in stamps:
+        # Files of a table's versions have names of their own: nothing would be overwritten, and one version hidden.
+        if _table(path) in changing and path not in known and not path.endswith(".part"):
+            raise UserError(
+                f"{folder.at(path)} was written since the last pull: the table there is another than the one to be "
+                "pulled; pull into another directory"
+            )
     return left
+
+
+def _table(path: str) -> str | None:
+    """The table that a file is of."""
+    first, sign, _ = path.partition("/")
+    return first if sign and first.endswith(".lance") else None
+
+
+def _stale(files: list[SharedFile], pulled: list[SharedFile]) -> list[str]:
+    """Files that an earlier pull brought of tables that have other files now: an old version with a higher number
+    would hide the new one."""
+    paths = {file.path for file in files}
+    tables = {_table(path) for path in paths} - {None}
+    return [file.path for file in pulled if file.path not in paths and _table(file.path) in tables]

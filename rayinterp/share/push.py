@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from typing import Any
+from collections.abc import Callable
 
 from rayinterp.errors import UserError
 from rayinterp.progress import Progress, silent
@@ -55,7 +55,7 @@ def push(run_dir: str, target: str, only_records: bool = False, progress: Progre
         return _push_to(target, run, files, progress, lambda: check_unchanged(folder, stamps, run_dir))
 
 
-def _push_to(target: str, run: Run, files: list[SharedFile], progress: Progress, check: Any) -> Moved:
+def _push_to(target: str, run: Run, files: list[SharedFile], progress: Progress, check: Callable[[], None]) -> Moved:
     if target.startswith("wandb://"):
         return push_artifact(run, files, target, progress, check)
     if target.startswith("hf://"):
@@ -63,7 +63,9 @@ def _push_to(target: str, run: Run, files: list[SharedFile], progress: Progress,
     return push_folder(run, files, open_folder(target), progress, check)
 
 
-def push_folder(run: Run, files: list[SharedFile], target: Folder, progress: Progress, check: Any) -> Moved:
+def push_folder(
+    run: Run, files: list[SharedFile], target: Folder, progress: Progress, check: Callable[[], None]
+) -> Moved:
     """To any file system. The listing is taken away while files change, so that nobody pulls half a push."""
     if run.folder.is_local and target.is_local:
         roots = [os.path.realpath(folder.root) for folder in (run.folder, target)]

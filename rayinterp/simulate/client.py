@@ -24,7 +24,7 @@ from ray.util.metrics import Counter
 from rayinterp.config import LLMSimulatorConfig, RunConfig, service_name
 from rayinterp.errors import EngineError, UserError
 from rayinterp.prompts import simulator_messages
-from rayinterp.simulate.simulator import Memo, MemoKey, RuleRequest, SimulateAsync, calibrated, with_nulls
+from rayinterp.simulate.simulator import Memo, MemoKey, RuleRequest, SimulateAsync, calibrated, is_usable, with_nulls
 from rayinterp.tables import Tables, sql_in
 
 if TYPE_CHECKING:
@@ -69,7 +69,8 @@ class SimulatorClient:
             new = {sequence.sequence_id for request in requests for sequence in request.sequences} - read
             if new:
                 for key, log_probs in await asyncio.to_thread(read_simulations, self._tables, memo_name, sorted(new)):
-                    memo.remember(key, log_probs)
+                    if is_usable(log_probs):
+                        memo.remember(key, log_probs)
                 read.update(new)
             wanted = with_nulls(requests, method)
             missing = memo.missing(wanted)
@@ -88,9 +89,12 @@ class SimulatorClient:
         return await self._ask(requests, "token_losses")
 
     async def _write(self, memo_name: str, new: dict[MemoKey, Float16[np.ndarray, "seq 6"]]) -> None:
-        """Hands new simulations over before anyone sees a score made from them."""
+        """Hands new simulations over before anyone sees a score made from them; what is no number is left to another
+        replica, which may do better when it is asked again."""
         rows = [
-            {"simulator": memo_name, **key._asdict(), "log_probs": log_probs.ravel()} for key, log_probs in new.items()
+            {"simulator": memo_name, **key._asdict(), "log_probs": log_probs.ravel()}
+            for key, log_probs in new.items()
+            if is_usable(log_probs)
         ]
         await self._committer.add.remote({"simulations": rows})
 

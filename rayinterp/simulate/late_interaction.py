@@ -7,8 +7,9 @@
 
 Any two tokens are a little alike: what a word of the rule shares with one token in a hundred of any text says nothing.
 All rules of a candidate on all its sequences are one matrix product. The encoder has its own tokens; its similarities
-are carried to the subject's tokens by character offsets. Blind to what a list of words cannot say: syntax, negation,
-position.
+are carried to the subject's tokens by character offsets. What shares a padded batch moves the last bits of a vector:
+who asks in another order gets the same predictions up to rounding, and no memo keeps the first ones. Blind to what a
+list of words cannot say: syntax, negation, position.
 """
 
 from __future__ import annotations

@@ -160,6 +160,11 @@ def null_requests(sequences: Iterable[TokenSequence]) -> list[RuleRequest]:
     return [RuleRequest(null, unique) for null in NULL_EXPLANATIONS]
 
 
+def is_usable(log_probs: Float[np.ndarray, "..."]) -> bool:
+    """Whether probabilities follow from it at every token, though some digits may be ruled out (-inf)."""
+    return bool(np.isfinite(log_probs.reshape(-1, NUM_DIGITS).max(axis=-1)).all())
+
+
 class MemoKey(NamedTuple):
     """What a simulation is remembered by, within one simulator."""
 

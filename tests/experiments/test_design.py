@@ -61,11 +61,19 @@ def test_the_template_is_without_what_experiments_switch_on():
     assert arms["tree_falsifier"].falsifier.num_drawn == 3
 
 
+def test_trees_begin_with_what_the_llm_wrote():
+    """Lexical rules would stand in an arm of sentences, and be taken for what search adds."""
+    with_root = config_for("explainer_comparison", planted("explainers.tree.lexical_root=true"))
+    assert not any(arm.lexical_root for arm in with_root.explainers.values() if isinstance(arm, TreeConfig))
+    assert with_root.explainers == config_for("explainer_comparison", planted()).explainers
+
+
 @pytest.mark.parametrize(
     ("name", "overrides", "said"),
     [
         ("figure_6", [], "there are complementary_sources"),
         ("layer_sweep", ["explainers={right: {method: lexical, simulator: oracle}}"], "method: tree"),
+        ("layer_sweep", ["explainers.tree.num_llm_roots=0"], "num_llm_roots: 0"),
         ("complementary_sources", ["records.complementary=[random_negative]"], "records.complementary"),
         ("explainer_comparison", ["records.holistic=none"], "records.holistic"),
         ("planted", ["subject.model=planted"], "configs/experiments/planted.yaml"),

@@ -10,6 +10,7 @@ from rayinterp.experiments.design import EXPERIMENTS
 from rayinterp.experiments.figures import FORMATS, draw, render, save
 from rayinterp.experiments.page import part, render_page
 from rayinterp.experiments.results import Outcome, Panel, by_layer, difference, point, result_rows
+from rayinterp.report_data import Score, ScoreKey
 from rayinterp.score import share_interval
 from rayinterp.tables import KEYS
 
@@ -41,6 +42,18 @@ def test_differences_are_paired():
     less = difference(VALUES, other)
     assert less == {"layer_9/1": 0.3} | dict.fromkeys(["layer_9/2", "layer_10/1", "layer_10/2", "layer_11/1"])
     assert point("x", less, CONFIG).num_undefined == 4
+
+
+def test_complexity_is_of_the_features_that_were_graded():
+    def score(value, num_records, status):
+        return Score(value, None, None, None, None, num_records, status)
+
+    key = ScoreKey("oracle@1", OUTCOME.sources[0], "tree@1")
+    rows = {"layer_9/1": score(0.5, 60, "ok"), "layer_9/2": score(None, 60, "constant_prediction")}
+    rows["layer_10/1"] = score(None, 0, "no_budget")
+    rules = {("tree@1", "num_rules"): dict.fromkeys(VALUES, 2.0)}
+    outcome = OUTCOME._replace(book={key: rows}, explainers={"tree": "tree@1"}, complexity=rules)
+    assert outcome.measure("tree", "num_rules").keys() == {"layer_9/1", "layer_9/2"}
 
 
 def test_layers_stand_in_their_order():

@@ -17,6 +17,7 @@ from rayinterp.explain.client import (
     endpoint_of,
     estimated,
     openai_client,
+    plain_question,
     price,
 )
 
@@ -74,6 +75,14 @@ async def test_an_endpoint_is_asked_and_answers(endpoint):
     assert reply == LLMReply("hi", "length", 3, 1)
     (body,) = endpoint.bodies
     assert (body["model"], body["temperature"], body["max_tokens"], body["seed"]) == ("m", 0.7, 16, 1)
+
+
+async def test_a_plain_question_is_as_the_explainer_asks_but_short(endpoint):
+    request = plain_question(endpoint.config, temperature=1.2)
+    await openai_client(endpoint.config, SecretStr(SECRET))(request, "a/1")
+    (body,) = endpoint.bodies
+    assert (body["model"], body["temperature"], body["max_tokens"]) == ("m", 1.2, 16)
+    assert len(str(body["messages"])) < 100 and request.endpoint == endpoint_of(endpoint.config)
 
 
 async def test_transient_faults_are_retried(endpoint):

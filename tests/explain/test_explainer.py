@@ -70,6 +70,12 @@ async def test_an_answer_cut_off_says_so():
     assert (outcome.explanation, outcome.status) == (None, "cut_off")
 
 
+async def test_a_draft_within_a_thought_that_is_cut_off_is_no_explanation():
+    arm = ARM.model_copy(update={"max_parse_retries": 0})
+    outcome, _ = await asked(LLMReply(f"<think>\nPerhaps {GOOD}, or", "length", 10, 5), arm=arm)
+    assert (outcome.explanation, outcome.status) == (None, "cut_off")
+
+
 async def test_a_failed_call_is_a_status():
     outcome, _ = await asked(LLMError("APITimeoutError from m"))
     assert (outcome.explanation, outcome.status, outcome.thought) == (None, "llm_error", "APITimeoutError from m")
@@ -193,6 +199,25 @@ def test_feedback_shows_the_record_whose_removal_helps_most():
     assert '"wooden": predicted 5, actual 0' in said
     assert "oak" not in said and "elm" not in said
     assert "could not be computed" in feedback(None, records, predicted, 1)
+
+
+def test_feedback_lists_what_is_off_and_looks_it():
+    def said(activation, prediction):
+        lines = feedback(0.6, [record("an oak fell", [0, activation, 5])], [np.array([0, prediction, 5.0])], 1)
+        return [line for line in lines.splitlines() if line.startswith('"')]
+
+    assert said(0.3, 0.3) == []  # a weak activation is shown as 1
+    assert said(0.3, 0.0) == [] and said(1.6, 2.4) == [] and said(7.0, 5.0) == []
+    assert said(0.3, 1.9) == ['"oak": predicted 2, actual 1']
+    assert said(5.0, 0.1) == ['"oak": predicted 1, actual 5']
+    assert said(5.0, np.nan) == []
+
+
+def test_feedback_shows_the_largest_errors_as_they_are_and_not_as_they_look():
+    tokens = " ".join(f"w{i}" for i in range(13))
+    lines = feedback(0.6, [record(tokens, [*[1.4] * 12, 1.6])], [np.array([*[2.6] * 12, 3.4])], 1)
+    assert '"w12": predicted 3, actual 2' in lines
+    assert '"w10": predicted 3, actual 1' in lines and '"w11"' not in lines
 
 
 def test_a_conversation_continues_with_answer_and_feedback():

@@ -9,7 +9,7 @@ from rayinterp.config import calls_per_feature
 from rayinterp.errors import UserError
 from rayinterp.explain import outage
 from rayinterp.explain.actor import Services, make_client
-from rayinterp.explain.client import LLMError, LLMReply
+from rayinterp.explain.client import PLAIN_QUESTION, LLMError, LLMReply
 from rayinterp.explain.outage import Outage
 from rayinterp.explain.rows import NodeCommitter, arm_ids, explanation_row, why_not
 from rayinterp.explain.runner import arms_left, features_with_llm, live_features, reopen, run_explain
@@ -120,10 +120,16 @@ def test_the_status_says_how_far_it_is_and_how_well_it_does():
 
 
 class Fakes:
-    """Picklable: makes services whose LLM fails, waits and answers as it is told."""
+    """Picklable: makes services whose LLM fails, waits and answers as it is told.
 
-    def __init__(self, fails=(), answer_seconds=0.0, transient=True, bill=None):
+    Args:
+        fails: Calls that fail, by feature.
+        poisoned: Of these the first, since it is the feature's prompts that are not answered; at the others it is down.
+    """
+
+    def __init__(self, fails=(), answer_seconds=0.0, transient=True, bill=None, poisoned=0):
         self.fails, self.answer_seconds, self.transient = Counter(dict(fails)), answer_seconds, transient
+        self.failed, self.poisoned = Counter(), poisoned
         self.bill = bill
         """A file with a line for each call that was answered."""
 
@@ -135,8 +141,11 @@ class Fakes:
 
         async def generate(request, feature_key):
             await asyncio.sleep(self.answer_seconds)
-            if self.fails[feature_key] > 0:
-                self.fails[feature_key] -= 1
+            num_failed, plain = self.failed[feature_key], request.messages == (PLAIN_QUESTION,)
+            if plain and num_failed <= self.poisoned:
+                return LLMReply("Yes", "stop", 10, 1)
+            if plain or num_failed < self.fails[feature_key]:
+                self.failed[feature_key] += not plain
                 raise LLMError("RateLimitError 429 from m", self.transient)
             if self.bill:
                 await asyncio.sleep(0.3 * (request.seed % 3))  # siblings of a failed call are answered later
@@ -198,10 +207,36 @@ def test_a_feature_on_which_calls_fail_is_tried_again_at_no_cost(copied):
 
 
 def test_a_feature_that_keeps_failing_has_a_row_while_others_go_on(copied):
-    counts, tables, _ = explain(copied, Fakes({"planted/1": 10**6}), "resources.searches_per_actor=1")
-    assert counts == {"no_explanation": 1, "ok": 2}
+    poisoned = Fakes({"planted/1": 10**6}, poisoned=10**6)
+    counts, tables, _ = explain(copied, poisoned, "resources.searches_per_actor=1")
+    assert counts == {"llm_error": 1, "ok": 2}
     nodes = tables.read("candidates", where="feature_key = 'planted/1'").to_pylist()
     assert {(node["kind"], node["status"]) for node in nodes} == {("lexical", "undefined"), ("llm", "llm_error")}
+
+
+@pytest.mark.parametrize("transient", [True, False])
+def test_features_that_the_llm_never_answers_hold_nobody_up_and_are_tried_by_the_next_run(
+    copied, monkeypatch, transient
+):
+    monkeypatch.setattr(outage, "MAX_FAILURES", 2)  # as many features as fail one after the other
+    one_at_a_time = ("resources.search.num_actors=1", "resources.searches_per_actor=1")
+    poisoned = Fakes({"planted/1": 10**6, "planted/2": 10**6}, transient=transient, poisoned=10**6)
+    for _ in range(2):  # the second begins with these two
+        counts, tables, _ = explain(copied, poisoned, *one_at_a_time, "resources.max_outage_seconds=0")
+        assert counts == {"llm_error": 2, "ok": 1}
+    assert PLAIN_QUESTION["content"] not in str(tables.read("llm_calls").to_pylist())
+    counts, tables, _ = explain(copied, Fakes(), *one_at_a_time)
+    assert counts == {"ok": 3} and not tables.count("candidates", "status = 'llm_error'")
+
+
+def test_an_outage_in_the_last_try_of_a_feature_leaves_no_trace(copied, monkeypatch):
+    monkeypatch.setattr(outage, "PAUSE_SECONDS", 0.5)
+    # Two calls a try: in the third, which would go on without answers, the LLM goes down.
+    services = Fakes({"planted/1": 20}, poisoned=4)
+    one_at_a_time = ("resources.search.num_actors=1", "resources.searches_per_actor=1")
+    counts, tables, _ = explain(copied, services, *one_at_a_time)
+    assert counts == {"ok": 3}
+    assert not tables.count("candidates", "status = 'llm_error'")
 
 
 @pytest.mark.parametrize("transient", [True, False])
@@ -212,7 +247,7 @@ def test_an_llm_that_never_answers_ends_the_stage_and_leaves_no_row(copied, tran
     assert Tables(str(copied)).count("explanations") == 0
 
 
-@pytest.mark.parametrize("max_failures", [2, 5])  # 5: two features do not fail as often before their last tries
+@pytest.mark.parametrize("max_failures", [2, 5])
 def test_an_outage_is_waited_out_and_leaves_no_trace(copied, monkeypatch, max_failures):
     monkeypatch.setattr(outage, "MAX_FAILURES", max_failures)
     monkeypatch.setattr(outage, "PAUSE_SECONDS", 0.5)
@@ -263,27 +298,53 @@ def test_a_budget_ends_searches_with_what_they_have_and_more_of_it_goes_on(copie
     assert len(hashes) == len(set(hashes)) > paid
 
 
+def test_what_is_searched_again_is_graded_again_with_all_its_arms_and_nothing_else_is(copied):
+    arms = "explainers={t: {method: lexical, simulator: oracle}, u: {method: one_shot, llm: knows, simulator: oracle}}"
+    config, tables = planted_config(copied, arms), Tables(str(copied))
+    cut, finished = arm_ids(config, "t")[0], arm_ids(config, "u")[0]
+    statuses = {(cut, 0): "budget", (finished, 0): "ok", (cut, 1): "ok", (finished, 1): "ok", ("other@1", 0): "ok"}
+    for number, ((arm, index), status) in enumerate(statuses.items()):
+        row = {"feature_key": f"planted/{index}", "explainer": arm, "simulator": "s@1"}
+        tables.append("explanations", [{**row, "status": status}])
+        tables.append("candidates", [{**row, "node": 0}])
+        tables.append("scores", [{**row, "control": "", "scorer": "r2", "source": "s", "split": "test"}])
+        tables.append("test_records", [{"feature_key": row["feature_key"], "explainer": arm, "sequence_id": number}])
+    reopen(config, tables, lambda usd: None)
+
+    def left(table):
+        rows = tables.read(table, ["explainer", "feature_key"]).to_pylist()
+        return {(row["explainer"], int(row["feature_key"][-1])) for row in rows}
+
+    assert left("explanations") == left("candidates") == statuses.keys() - {(cut, 0)}
+    # What the winner of before called for goes; what others did is called for again, by the winners of then.
+    assert left("test_records") == left("scores") == {(cut, 1), (finished, 1), ("other@1", 0)}
+
+
 def test_a_falsifier_in_the_loop_finds_silent_sequences_that_sound_like_the_rule(copied):
     falsifier = "explainers.t.falsifier={num_drawn: 20, num_added: 3}"
     mistaken = planted_config(copied, TREE, falsifier)
-    answers = {f"planted/{i}": '[{"activates_on": "words about ships and the sea", "strength": 5}]' for i in range(3)}
 
     class Mistaken(Fakes):
         def __call__(self, *arguments):
             services = super().__call__(*arguments)
 
             async def generate(request, feature_key):
-                text = answers[feature_key].replace("5", str(request.seed % 2 + 4))
-                return LLMReply(text, "stop", 10, 10)
+                rules = [("words about ships and the sea", request.seed % 2 + 4), ("citrus fruits", 0)]
+                content = [{"activates_on": text, "strength": strength} for text, strength in rules]
+                return LLMReply(json.dumps(content), "stop", 10, 10)
 
-            return services._replace(llms=dict.fromkeys(mistaken.llms, generate))
+            async def retrieve(requests):  # where a rule says that the feature is silent, nothing need be shown
+                assert {text for request in requests for text in request.texts} == {"words about ships and the sea"}
+                return await services.retrieve(requests)
+
+            return services._replace(llms=dict.fromkeys(mistaken.llms, generate), retrieve=retrieve)
 
     _, tables, _ = explain(copied, Mistaken(), falsifier, "explainers.t.lexical_root=false")
     rows = {row["feature"]: row for row in tables.read("explanations").to_pylist()}
     assert rows[2]["num_falsifiers"] == 3  # it is silent where there are ships
     assert rows[0]["num_falsifiers"] == 0  # there the rule is true
     revised = tables.read("candidates", where="feature_key = 'planted/2' and kind = 'revision'").to_pylist()
-    assert all("stays silent" in node["feedback"] for node in revised)
+    assert revised and all("stays silent" in node["feedback"] for node in revised)
 
 
 def test_a_faulty_endpoint_leaves_every_feature_with_a_row_and_scores_only_what_was_parsed(copied, monkeypatch):

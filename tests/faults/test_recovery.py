@@ -28,6 +28,14 @@ pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 HARVESTED = ("activations", "saes", "features", "records", "record_counts", "holistic")
 """What is made again where the harvest is struck; what it reads, and the embeddings, are copied."""
 FOUND = ("candidates", "explanations", "llm_calls", "test_records", "scores", "predictions", "complexity")
+ENDS = {
+    "driver in harvest": "signal 9",
+    "driver in explain": "signal 9",
+    "raylet of the head": "",
+    "committer of rows": "stage explain lost a process that it cannot go on without",
+}
+"""Faults that end the run, and a part of how it says so; the others it outlives. The head takes its driver along, whose
+last words are Ray's."""
 MAX_RUNS = 4
 PAGE, PAGES_LEFT = 4096, 30
 """Bytes that a file system in memory gives at a time, and how many of them are left: some commits' worth."""
@@ -89,6 +97,8 @@ def test_tables_are_those_of_the_undisturbed_run(fault, planted_run, tmp_path, o
         for name in HARVESTED:
             tables.drop(name)
     outcomes[fault] = recover(str(folder), fault, list(STAGES[STAGES.index(begins) :]))
+    ended = outcomes[fault]["ended"]
+    assert len(ended) == (fault in ENDS) and all(ENDS[fault] in said for said in ended), ended
     compared = [*(HARVESTED if begins == "harvest" else ()), *FOUND]
     assert_tables_equal(planted_run.tables, tables, compared)
     if fault == "object store full":
@@ -157,7 +167,7 @@ def test_on_s3_stages_run_side_by_side_and_outlive_a_committer(planted_run, tmp_
         code, _, said = end(beside)
         assert code == 0, said
         rest = recover(url, "none", list(STAGES[3:]), **environment)
-        assert rest["ended"] == []
+        assert outcome["ended"] == rest["ended"] == []
         outcomes["on S3: fragment committer, index beside harvest"] = outcome
         assert_tables_equal(planted_run.tables, Tables(url), [*HARVESTED, "embeddings", *FOUND])
 
@@ -169,6 +179,7 @@ def test_an_s3_that_refuses_one_request_in_ten(planted_run, tmp_path, outcomes, 
     with s3_server(0.1, refused) as environment:
         url = in_bucket(monkeypatch, environment, folder, "refusing")
         outcome = recover(url, "none", list(STAGES[1:]), **environment)
+        assert outcome["ended"] == []
         assert_tables_equal(planted_run.tables, Tables(url), [*HARVESTED, *FOUND])
     assert len(refused) > 50
     outcomes["S3 refuses a tenth of all requests"] = outcome | {"printed": [f"{len(refused)} requests refused"]}

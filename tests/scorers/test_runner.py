@@ -229,6 +229,18 @@ def test_max_calls_reaches_the_first_features_only(copied, tmp_path):
         assert tables.count("scores", "status = 'no_budget'") == 2 * 3
 
 
+def test_a_cap_takes_records_of_all_ranks(copied, tmp_path):
+    _, tables, _ = score(copied, Fakes(tmp_path / "bill"), f"{ASKS[0][:-1]}, max_records: 10}}")
+    asked = "\n".join(tables.read("llm_calls", ["request"], "feature_key = 'planted/0'")["request"].to_pylist())
+    rows = tables.read("records", where="feature_key = 'planted/0' and split = 'test'").to_pylist()
+    shown = {source: set() for source in ("positive", "similar_negative", "random_negative")}
+    for row in rows:
+        if "".join(row["tokens"]).strip() in asked:
+            shown[row["source"]].add(row["rank"])
+    assert shown["positive"] == set(range(1, 30, 3))
+    assert all(ranks >= set(range(1, 30, 3)) for ranks in shown.values())  # two sources may share a silent record
+
+
 def test_embedding_is_the_cosine_of_the_index(copied, tmp_path):
     from rayinterp.scorers.runner import connect
 

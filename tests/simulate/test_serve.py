@@ -22,6 +22,7 @@ from rayinterp.config import (
     service_name,
 )
 from rayinterp.errors import EngineError, UserError
+from rayinterp.explanation import Rule
 from rayinterp.run import Run, deploy, stop_services
 from rayinterp.simulate import client
 from rayinterp.simulate.client import SimulatorClient, memo_id, read_simulations
@@ -183,6 +184,34 @@ class Flaky:
         if self.errors:
             raise self.errors.pop(0)
         return [[np.zeros((len(s.tokens), 6), np.float32) for s in r.sequences] for r in requests]
+
+
+class Ill(Flaky):
+    """A handle whose first answers hold no numbers."""
+
+    async def _answer(self, requests):
+        answers = await super()._answer(requests)
+        return [[values + np.nan for values in answer] for answer in answers] if self.calls == 1 else answers
+
+
+async def test_what_is_no_number_is_not_remembered(tmp_path):
+    arm, tables = TransformersSimulatorConfig(model="m"), Tables(str(tmp_path / "run"))
+    ill, committer = Ill(), local_committer(tables)
+    simulate = tiny_client(tmp_path / "run", arm, ill, committer).remembering()
+    for _ in range(2):  # one search is told the same throughout
+        assert np.isnan(np.concatenate([values for answer in await simulate(CANDIDATE) for values in answer])).all()
+    assert ill.calls == 1 and tables.count("simulations") == 0
+    again = await tiny_client(tmp_path / "run", arm, ill, committer).remembering()(CANDIDATE)
+    assert np.isfinite(np.concatenate([values for answer in again for values in answer])).all()
+    assert ill.calls == 2 and tables.count("simulations") == NUM_PAIRS
+
+
+async def test_what_is_no_number_in_the_table_is_asked_again(tmp_path):
+    arm, tables = TransformersSimulatorConfig(model="m"), Tables(str(tmp_path / "run"))
+    damaged = {"rule_hash": Rule("ships").hash, "sequence_id": 1, "log_probs": [float("nan")] * 24}
+    tables.append("simulations", [{"simulator": memo_id(arm), **damaged}])
+    answers = await tiny_client(tmp_path / "run", arm, Flaky(), local_committer(tables)).remembering()(CANDIDATE)
+    assert np.isfinite(np.concatenate([values for answer in answers for values in answer])).all()
 
 
 async def test_a_lost_request_is_sent_again_and_a_wrong_one_is_not(tmp_path, monkeypatch):

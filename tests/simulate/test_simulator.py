@@ -16,6 +16,7 @@ from rayinterp.simulate.simulator import (
     calibrated,
     combine,
     expected_value,
+    is_usable,
     rules_to_requests,
     with_nulls,
 )
@@ -135,6 +136,13 @@ def test_another_calibration_is_made_from_the_same_pairs():
     again, _ = simulate(memo, engine, requests, "none")
     assert len(engine.pairs) == num_pairs + 2 * len(NULL_EXPLANATIONS)
     np.testing.assert_array_equal(plain[0][0], again[0][0])
+
+
+def test_a_digit_may_be_ruled_out_but_not_all_of_them():
+    assert is_usable(log_probs([1, 0, 0, 0, 0, 0], [0, 0.5, 0.5, 0, 0, 0]))
+    for bad in (np.nan, np.inf):
+        assert not is_usable(np.array([[0.0] * 6, [bad, *[0.0] * 5]]))
+    assert not is_usable(np.array([0.0] * 6 + [-np.inf] * 6, dtype=np.float16))
 
 
 def test_the_first_write_wins():

@@ -16,6 +16,9 @@ class Message(TypedDict):
     content: str
 
 
+PLAIN_QUESTION: Message = {"role": "user", "content": "Is water wet? Answer with one word."}
+"""Asked of an LLM that fails, to see whether it is down."""
+
 # Simulator: rates every token of a sequence for one rule.
 
 UNKNOWN = "unknown"

@@ -24,7 +24,7 @@ from pydantic import BaseModel, Field, SecretStr, ValidationError
 from rayinterp.config import AnswerFormat, LLMConfig
 from rayinterp.errors import UserError
 from rayinterp.explanation import rules_schema
-from rayinterp.prompts import Message
+from rayinterp.prompts import PLAIN_QUESTION, Message
 
 MAX_ANSWER_CHARACTERS = 20_000
 """What is kept of an answer. The longest explanation has about 6,000; an endpoint gone wrong sends megabytes."""
@@ -34,7 +34,6 @@ CHARACTERS_A_TOKEN = 3
 """Where an endpoint does not count: few enough for a bill that is too high sooner than too low."""
 LONGEST_PAUSE_SECONDS = 120
 """The longest Retry-After that the openai package waits for."""
-PLAIN_QUESTION: Message = {"role": "user", "content": "Is water wet? Answer with one word."}
 PLAIN_TOKENS = 16
 """Of its answer: the fewest that all endpoints allow."""
 

@@ -9,7 +9,7 @@ from rayinterp.config import calls_per_feature
 from rayinterp.errors import UserError
 from rayinterp.explain import outage
 from rayinterp.explain.actor import Services, make_client
-from rayinterp.explain.client import PLAIN_QUESTION, LLMError, LLMReply
+from rayinterp.explain.client import LLMError, LLMReply
 from rayinterp.explain.outage import Outage
 from rayinterp.explain.rows import NodeCommitter, arm_ids, explanation_row, why_not
 from rayinterp.explain.runner import arms_left, features_with_llm, live_features, reopen, run_explain
@@ -17,6 +17,7 @@ from rayinterp.explain.search import Node, SearchSettings, TreeSearch
 from rayinterp.explain.status import Account, Spent, Status
 from rayinterp.explanation import Rule
 from rayinterp.planted import FEATURES, OracleSimulator
+from rayinterp.prompts import PLAIN_QUESTION
 from rayinterp.subject import FeatureId
 from rayinterp.tables import Committer, Tables
 from tests.conftest import copy_upstream, planted_config

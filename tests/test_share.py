@@ -21,7 +21,7 @@ from rayinterp.share import folder as share_folder
 from rayinterp.share import hub as share_hub
 from rayinterp.share import listing as share_listing
 from rayinterp.share.folder import Folder
-from rayinterp.share.listing import LISTING, PART_LISTING, safe_path
+from rayinterp.share.listing import LISTING, PART_LISTING, SEEN, safe_path
 from rayinterp.share.pull import pull
 from rayinterp.share.push import push
 from rayinterp.share.source import TABLES_TO_RECORDS
@@ -51,7 +51,9 @@ def write(folder, files):
 
 
 def contents(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+    """Files by path, but for a run directory's own notes on its targets."""
+    files = {str(p.relative_to(folder)): p for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+    return {path: p.read_bytes() for path, p in files.items() if path != SEEN}
 
 
 @pytest.fixture
@@ -90,7 +92,7 @@ def test_a_whole_run_arrives_as_it_was(run, target, tmp_path):
     assert push(str(run), target).num_files == len(FILES) + 2
     assert pull(target, str(tmp_path / "pulled")).num_bytes == sum(map(len, before.values()))
     pulled = contents(tmp_path / "pulled")
-    listing = json.loads(pulled.pop(LISTING))
+    listing = open_listing(target)
     assert pulled == before
     assert listing["format"] == share_listing.FORMAT
     assert {f["path"]: (f["size"], f["sha256"]) for f in listing["files"]} == {
@@ -102,7 +104,7 @@ def test_records_alone_bring_what_searches_start_from_and_no_bill_of_others(run,
     push(str(run), target, only_records=True)
     pull(target, str(tmp_path / "pulled"))
     kept = {path for path in FILES if path.startswith(("sequences", "records"))}
-    assert contents(tmp_path / "pulled").keys() == kept | {"run.yaml", "manifest.json", LISTING}
+    assert contents(tmp_path / "pulled").keys() == kept | {"run.yaml", "manifest.json"}
     manifest = read_manifest(str(tmp_path / "pulled"))
     assert manifest == {"stages": {"corpus": {"sequences": 3}}, "usage": {"corpus": {"seconds": 1, "gpu_hours": 0}}}
 
@@ -117,7 +119,7 @@ def test_a_second_push_sends_what_is_new_and_takes_away_what_is_gone(run, target
     write(run, {"records.lance/data/compacted.lance": b"both"})
     assert push(str(run), target)[::2] == (1, len(FILES) + 1)
     pull(target, str(tmp_path / "pulled"))
-    assert {**contents(tmp_path / "pulled"), LISTING: b""} == {**contents(run), LISTING: b""}
+    assert contents(tmp_path / "pulled") == contents(run)
     assert push(str(run), target).num_files == 0
 
 
@@ -154,7 +156,7 @@ def test_an_interrupted_push_goes_on_and_is_not_pulled_meanwhile(run, target, tm
     assert not first & set(copied)
     arm(100)
     pull(target, str(tmp_path / "pulled"))
-    assert contents(tmp_path / "pulled").keys() == contents(run).keys() | {LISTING}
+    assert contents(tmp_path / "pulled").keys() == contents(run).keys()
     filesystem, root = fsspec.core.url_to_fs(target)
     assert not filesystem.exists(f"{root}/{PART_LISTING}")
 
@@ -176,12 +178,41 @@ def test_an_interrupted_pull_goes_on(run, target, tmp_path, breaks_after):
     with pytest.raises(UserError, match="connection lost"):
         pull(target, str(tmp_path / "pulled"))
     assert copied[0] == "run.yaml"
-    assert LISTING not in contents(tmp_path / "pulled")
+    assert not (tmp_path / "pulled" / SEEN).exists()
     first = set(copied)
     arm(100)
     assert pull(target, str(tmp_path / "pulled"))[::2] == (len(FILES) + 2 - 4, 4)
     assert not first & set(copied)
-    assert {**contents(tmp_path / "pulled"), LISTING: b""} == {**contents(run), LISTING: b""}
+    assert contents(tmp_path / "pulled") == contents(run)
+
+
+def test_a_push_takes_nothing_away_that_somebody_else_has_pushed(run, target, tmp_path):
+    push(str(run), target)
+    theirs = tmp_path / "theirs"
+    kept = {path: content for path, content in FILES.items() if not path.startswith("explanations")}
+    config = to_yaml(planted_config(theirs, "name=theirs")).encode()
+    write(theirs, {**kept, "explanations.lance/data/d.lance": b"others", "run.yaml": config, "manifest.json": b"{}"})
+    before = open_listing(target)
+    with pytest.raises(UserError, match=r"explanations\.lance/data/c\.lance is one.*pull from it first"):
+        push(str(theirs), target)
+    assert open_listing(target) == before
+    # What adds alone is welcome, and so is what was seen there first.
+    mine = tmp_path / "mine"
+    pull(target, str(mine))
+    write(mine, {"scores.lance/data/e.lance": b"scores", "report.html": b"with scores"})
+    push(str(mine), f"{target}/")
+    with pytest.raises(UserError, match="pull from it first"):
+        push(str(run), target)
+    assert pull(target, str(run)).num_files == 2
+    assert push(str(run), target).num_files == 0
+
+
+def test_records_alone_do_not_take_the_place_of_a_whole_run(run, target):
+    push(str(run), target)
+    before = open_listing(target)
+    with pytest.raises(UserError, match="holds a whole run"):
+        push(str(run), target, only_records=True)
+    assert open_listing(target) == before
 
 
 @pytest.mark.parametrize(
@@ -199,7 +230,7 @@ def test_a_damaged_file_is_named_and_nothing_of_it_kept(run, target, tmp_path, c
     with pytest.raises(UserError, match=rf"{path}: {said}.*delete it there and push again"):
         pull(target, str(tmp_path / "pulled"))
     there = contents(tmp_path / "pulled")
-    assert path not in there and LISTING not in there
+    assert path not in there and not (tmp_path / "pulled" / SEEN).exists()
     assert not [name for name in there if name.endswith(".part")]
     # The way out that the message names.
     if content is not None:
@@ -225,7 +256,7 @@ def test_no_more_is_written_than_is_listed(run, target, tmp_path, monkeypatch):
     "path",
     [
         *("../outside", "a/../../outside", "/etc/outside", "..", "a/..", "C:\\outside", "a\\..\\b", "a//b"),
-        *("./a", "", ".", "a\n", "a\x1b[31m", "share.json", 7, None),
+        *("./a", "", ".", "a\n", "a\x1b[31m", "share.json", "share.seen.json", 7, None),
     ],
 )  # fmt: skip
 def test_a_path_that_leads_elsewhere_refuses_the_whole_listing(run, target, tmp_path, path):
@@ -333,7 +364,7 @@ def test_a_pulled_table_that_was_made_anew_replaces_the_old_one(run, target, tmp
     write(run, {"records.lance/_versions/2.manifest": b"made anew"})
     push(str(run), target)
     pull(target, str(pulled))
-    assert {**contents(pulled), LISTING: b""} == {**contents(run), LISTING: b""}
+    assert contents(pulled) == contents(run)
 
 
 def test_a_table_that_is_written_to_meanwhile_is_noticed(run, target, tmp_path, monkeypatch):
@@ -425,6 +456,10 @@ def test_the_hub_gets_one_commit_and_a_private_repository(run, hub, tmp_path):
     assert hub.made[-1] == [
         f"gemma/{p}" for p in ("records.lance/data/compacted.lance", LISTING, "records.lance/data/b.lance")
     ]
+    (run / SEEN).unlink()
+    (run / "records.lance/data/compacted.lance").unlink()
+    with pytest.raises(UserError, match="pull from it first"):
+        push(str(run), target, only_records=True)
 
 
 @pytest.mark.parametrize(
@@ -482,7 +517,8 @@ def test_an_artifact_is_pulled_file_by_file(run, tmp_path, monkeypatch):
         def __init__(self, path):
             self.path = path
 
-        def download(self, root):
+        def download(self, root, skip_cache):
+            assert skip_cache and not list(Path(root).iterdir()), "a file at a time, not the whole run"
             return shutil.copy(self.path, Path(root) / "file")
 
     class Api:
@@ -498,7 +534,7 @@ def test_an_artifact_is_pulled_file_by_file(run, tmp_path, monkeypatch):
     monkeypatch.setattr(share_artifact, "require_wandb", lambda: SimpleNamespace(Api=Api))
     monkeypatch.setattr(share_folder, "AT_ONCE", 1)
     pull("wandb://me/project/gemma:v3", str(tmp_path / "pulled"))
-    assert {**contents(tmp_path / "pulled"), LISTING: b""} == {**contents(run), LISTING: b""}
+    assert contents(tmp_path / "pulled") == contents(run)
     (tmp_path / "target/report.html").unlink()
     with pytest.raises(UserError, match=r"report\.html: not there"):
         pull("wandb://me/project/gemma", str(tmp_path / "again"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 from collections.abc import Callable
 from typing import IO, Any, NamedTuple
@@ -27,7 +28,10 @@ class Artifact(NamedTuple):
             entry = self.artifact.get_entry(path)
         except KeyError:
             raise FileNotFoundError(path) from None
-        return open(entry.download(root=self.folder), "rb")
+        path = entry.download(root=self.folder, skip_cache=True)  # a run has more bytes than a cache should get
+        stream = open(path, "rb")
+        os.unlink(path)  # its bytes go with the stream: a file at a time, not the run, has to fit
+        return stream
 
 
 def open_artifact(target: str, folder: str) -> Artifact:

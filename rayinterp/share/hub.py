@@ -10,6 +10,7 @@ from rayinterp.errors import UserError
 from rayinterp.progress import Progress
 from rayinterp.share.folder import Folder, files_there, open_folder
 from rayinterp.share.listing import LISTING, Moved, SharedFile, as_json, check_same_run, read_listing
+from rayinterp.share.seen import check_nothing_is_lost
 from rayinterp.share.source import Run, must_be_local
 
 
@@ -24,8 +25,10 @@ def push_hub(run: Run, files: list[SharedFile], target: str, progress: Progress,
     must_be_local(run, target)
     there = hub_folder(target)
     HfApi().create_repo(repository, repo_type="dataset", private=True, exist_ok=True)
-    known = {file.path: file for file in read_listing(there, LISTING, target) or []}
+    complete = read_listing(there, LISTING, target) or []
+    known = {file.path: file for file in complete}
     check_same_run(run, there, target)
+    check_nothing_is_lost(run, files, complete, target)
     held = files_there(files, there, known)
     left = [file for file in files if file not in held]
     stale = sorted(known.keys() - {file.path for file in files})

@@ -17,6 +17,8 @@ from rayinterp.errors import UserError
 FORMAT = 1
 LISTING, PART_LISTING = "share.json", "share.part.json"
 """What a target holds, written last; and what has arrived so far while a push is under way."""
+SEEN = "share.seen.json"
+"""In a run directory: what each target held when it was last pushed to or pulled from."""
 CONFIG = "run.yaml"
 CHUNK = 1 << 20
 """Bytes read at a time."""
@@ -58,24 +60,28 @@ def safe_path(path: Any) -> str:
     plain = isinstance(path, str) and path and path.isprintable() and not set(path) & set("\\:")
     if not plain or path != str(PurePosixPath(path)) or path.startswith("/") or ".." in path.split("/"):
         raise ValueError(f"{path!r} is no path below a run directory")
-    if path in (".", LISTING, PART_LISTING):
+    if path in (".", LISTING, PART_LISTING, SEEN):
         raise ValueError(f"{path!r} is none of a run's files")
     return path
 
 
+def as_data(files: Iterable[SharedFile]) -> dict[str, Any]:
+    """The listing as JSON has it."""
+    return {"format": FORMAT, "files": [file._asdict() for file in files]}
+
+
 def as_json(files: Iterable[SharedFile]) -> bytes:
     """The listing as it is stored."""
-    return json.dumps({"format": FORMAT, "files": [file._asdict() for file in files]}, indent=1).encode()
+    return json.dumps(as_data(files), indent=1).encode()
 
 
-def parse_listing(content: bytes, where: str) -> list[SharedFile]:
+def parse_listing(data: Any, where: str) -> list[SharedFile]:
     """Checks everything that a listing says.
 
     Raises:
         UserError: it is none, is of a later format, or names a path that leads elsewhere.
     """
     try:
-        data = json.loads(content)
         if data["format"] > FORMAT:
             raise UserError(
                 f"{where} has format {data['format']}, this rayinterp reads up to {FORMAT}; install a later one"
@@ -94,9 +100,14 @@ def read_listing(origin: Origin, name: str, where: str) -> list[SharedFile] | No
     """The listing of that name; None where there is none."""
     try:
         with origin.open(name) as stream:
-            return parse_listing(stream.read(), f"{where}/{name}")
+            content = stream.read()
     except FileNotFoundError:
         return None
+    try:
+        data = json.loads(content)
+    except ValueError as error:
+        raise UserError(f"{where}/{name} is no JSON ({error}); push again from the original") from None
+    return parse_listing(data, f"{where}/{name}")
 
 
 def hashed(origin: Origin, path: str) -> SharedFile:

@@ -15,11 +15,11 @@ from rayinterp.share.listing import (
     Moved,
     Origin,
     SharedFile,
-    as_json,
     check_same_run,
     hashed,
     read_listing,
 )
+from rayinterp.share.seen import remember, seen_at
 from rayinterp.usage import MANIFEST
 
 
@@ -42,8 +42,9 @@ def pull(target: str, run_dir: str, progress: Progress = silent) -> Moved:
                 else f"{target!r} holds nothing that was pushed (no {LISTING})"
             )
         check_same_run(origin, folder, run_dir)
-        left = files_left(files, folder, run_dir)
-        stale = _stale(files, read_listing(folder, LISTING, run_dir) or [])
+        seen = seen_at(folder, target)
+        left = files_left(files, folder, seen)
+        stale = _stale(files, seen)
         skipped = len(files) - len(left)
         # First what says whose directory this is.
         left.sort(key=lambda file: file.path != CONFIG)
@@ -58,7 +59,7 @@ def pull(target: str, run_dir: str, progress: Progress = silent) -> Moved:
             ) from None
         for path in stale:
             folder.remove(path)
-        folder.write(LISTING, as_json(files))
+        remember(folder, target, files)
     return Moved(len(left), sum(file.size for file in left), skipped)
 
 
@@ -68,8 +69,8 @@ def _origin(target: str, name: str) -> Origin:
     return hub.hub_folder(target) if target.startswith("hf://") else open_folder(target)
 
 
-def files_left(files: list[SharedFile], folder: Folder, run_dir: str) -> list[SharedFile]:
-    """Files that the directory lacks, or has as an earlier pull left them and the target has anew.
+def files_left(files: list[SharedFile], folder: Folder, seen: list[SharedFile]) -> list[SharedFile]:
+    """Files that the directory lacks, or has as they were seen at the target, which has them anew.
 
     What was written there since is never replaced: run.yaml and manifest.json go on with the directory, anything else
     is an error.
@@ -78,7 +79,7 @@ def files_left(files: list[SharedFile], folder: Folder, run_dir: str) -> list[Sh
         UserError: names the first such file.
     """
     stamps = folder.stamps()
-    pulled = {file.path: file for file in read_listing(folder, LISTING, run_dir) or []}
+    known = {file.path: file for file in seen}
     left = []
     for file in files:
         if file.path not in stamps:
@@ -87,18 +88,18 @@ def files_left(files: list[SharedFile], folder: Folder, run_dir: str) -> list[Sh
         here = hashed(folder, file.path)
         if here == file:
             continue
-        if here == pulled.get(file.path):
+        if here == known.get(file.path):
             left.append(file)
         elif file.path not in (CONFIG, MANIFEST):
             raise UserError(
                 f"{folder.at(file.path)} has another content than what is to be pulled, and would be overwritten; "
                 "pull into another directory, or delete that file if it is damaged"
             )
-    known = pulled.keys() | {file.path for file in files}
+    listed = known.keys() | {file.path for file in files}
     changing = {_table(file.path) for file in left} - {None}
     for path in stamps:
         # Files of a table's versions have names of their own: nothing would be overwritten, and one version hidden.
-        if _table(path) in changing and path not in known and not path.endswith(".part"):
+        if _table(path) in changing and path not in listed and not path.endswith(".part"):
             raise UserError(
                 f"{folder.at(path)} was written since the last pull: the table there is another than the one to be "
                 "pulled; pull into another directory"
@@ -112,9 +113,9 @@ def _table(path: str) -> str | None:
     return first if sign and first.endswith(".lance") else None
 
 
-def _stale(files: list[SharedFile], pulled: list[SharedFile]) -> list[str]:
-    """Files that an earlier pull brought of tables that have other files now: an old version with a higher number
+def _stale(files: list[SharedFile], seen: list[SharedFile]) -> list[str]:
+    """Files that the target had of tables that have other files now: an old version with a higher number
     would hide the new one."""
     paths = {file.path for file in files}
     tables = {_table(path) for path in paths} - {None}
-    return [file.path for file in pulled if file.path not in paths and _table(file.path) in tables]
+    return [file.path for file in seen if file.path not in paths and _table(file.path) in tables]

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from rayinterp.errors import UserError
 from rayinterp.progress import Progress, silent
 from rayinterp.share.artifact import push_artifact
-from rayinterp.share.folder import DamagedError, Folder, check_address, copy_all, files_there, open_folder, reachable
+from rayinterp.share.folder import DamagedError, check_address, copy_all, files_there, open_folder, reachable
 from rayinterp.share.hub import push_hub
 from rayinterp.share.listing import (
     CONFIG,
@@ -23,6 +23,7 @@ from rayinterp.share.listing import (
     read_listing,
     safe_path,
 )
+from rayinterp.share.seen import check_nothing_is_lost, remember
 from rayinterp.share.source import Run, changed, check_unchanged, is_shared, manifest_to_records
 from rayinterp.usage import MANIFEST
 
@@ -37,14 +38,14 @@ def push(run_dir: str, target: str, only_records: bool = False, progress: Progre
         only_records: The tables from corpus to records alone, with run.yaml and manifest.json.
 
     Raises:
-        UserError: no run there, another run at the target, or a file that changed meanwhile.
+        UserError: no run there, another run or somebody else's results at the target, or a file that changed meanwhile.
     """
     check_address(target)
     folder = open_folder(run_dir)
     stamps = {path: stamp for path, stamp in folder.stamps().items() if is_shared(path, only_records)}
     if CONFIG not in stamps:
         raise UserError(f"{run_dir!r} is no run directory: it holds no {CONFIG}")
-    run = Run(folder, {MANIFEST: manifest_to_records(run_dir)} if only_records else {})
+    run = Run(folder, {MANIFEST: manifest_to_records(run_dir)} if only_records else {}, only_records)
     try:
         files = [hashed(run, safe_path(path)) for path in sorted(stamps)]
     except ValueError as error:
@@ -52,7 +53,9 @@ def push(run_dir: str, target: str, only_records: bool = False, progress: Progre
     except FileNotFoundError as error:
         raise changed(run_dir, str(error)) from None
     with reachable(target):
-        return _push_to(target, run, files, progress, lambda: check_unchanged(folder, stamps, run_dir))
+        moved = _push_to(target, run, files, progress, lambda: check_unchanged(folder, stamps, run_dir))
+        remember(folder, target, files)
+    return moved
 
 
 def _push_to(target: str, run: Run, files: list[SharedFile], progress: Progress, check: Callable[[], None]) -> Moved:
@@ -60,13 +63,14 @@ def _push_to(target: str, run: Run, files: list[SharedFile], progress: Progress,
         return push_artifact(run, files, target, progress, check)
     if target.startswith("hf://"):
         return push_hub(run, files, target, progress, check)
-    return push_folder(run, files, open_folder(target), progress, check)
+    return push_folder(run, files, target, progress, check)
 
 
 def push_folder(
-    run: Run, files: list[SharedFile], target: Folder, progress: Progress, check: Callable[[], None]
+    run: Run, files: list[SharedFile], url: str, progress: Progress, check: Callable[[], None]
 ) -> Moved:
     """To any file system. The listing is taken away while files change, so that nobody pulls half a push."""
+    target = open_folder(url)
     if run.folder.is_local and target.is_local:
         roots = [os.path.realpath(folder.root) for folder in (run.folder, target)]
         if os.path.commonpath(roots) in roots:
@@ -74,6 +78,7 @@ def push_folder(
     complete = read_listing(target, LISTING, target.root)
     known = {file.path: file for file in complete or read_listing(target, PART_LISTING, target.root) or []}
     check_same_run(run, target, target.root)
+    check_nothing_is_lost(run, files, complete or [], url)
     there = files_there(files, target, known)
     left = [file for file in files if file not in there]
     stale = known.keys() - {file.path for file in files}

@@ -8,7 +8,7 @@ from typing import IO, Any, NamedTuple
 
 from rayinterp.errors import UserError
 from rayinterp.share.folder import Folder
-from rayinterp.share.listing import CONFIG, LISTING, PART_LISTING
+from rayinterp.share.listing import CONFIG, LISTING, PART_LISTING, SEEN
 from rayinterp.usage import MANIFEST, read_manifest
 
 STAGES_TO_RECORDS = ("corpus", "harvest", "index", "records")
@@ -25,6 +25,7 @@ class Run(NamedTuple):
     folder: Folder
     rewritten: dict[str, bytes]
     """Files whose content is another one than in the folder."""
+    only_records: bool = False
 
     def open(self, path: str) -> IO[bytes]:
         return io.BytesIO(self.rewritten[path]) if path in self.rewritten else self.folder.open(path)
@@ -37,7 +38,7 @@ class Run(NamedTuple):
 def is_shared(path: str, only_records: bool) -> bool:
     """Whether a file of a run directory is pushed: nothing that is on its way, and nothing of an earlier pull's."""
     name = path.rpartition("/")[2]
-    if path in (LISTING, PART_LISTING) or name.endswith(".part") or name.startswith(".write-"):
+    if path in (LISTING, PART_LISTING, SEEN) or name.endswith(".part") or name.startswith(".write-"):
         return False
     if not only_records:
         return True

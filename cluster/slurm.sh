@@ -20,6 +20,9 @@ head="${nodes[0]}"
 port=$((20000 + SLURM_JOB_ID % 20000)) # two jobs may share a node
 address="$(srun --nodes=1 --ntasks=1 -w "$head" hostname --ip-address | awk '{print $1}'):$port"
 
+# Ray listens on the machine room's network: without a token, whoever reaches it may run code as this job's owner.
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
+RAY_AUTH_TOKEN="$(python -c 'import secrets; print(secrets.token_hex(32))')"
 export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK" # not inherited by steps since Slurm 22.05
 start=(--block --num-cpus="$SLURM_CPUS_PER_TASK" --num-gpus="${SLURM_GPUS_ON_NODE:-0}")
 srun --nodes=1 --ntasks=1 -w "$head" ray start --head --port="$port" --dashboard-host=127.0.0.1 "${start[@]}" &

@@ -9,6 +9,10 @@ import pytest
 import yaml
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.autoscaler.v2.instance_manager.config import NodeTypeConfig
+from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
+from ray.autoscaler.v2.utils import ResourceRequestUtil
+from ray.core.generated.autoscaler_pb2 import ResourceRequestByCount
 
 from rayinterp.config import StageResources, load_config
 
@@ -63,10 +67,39 @@ def test_ray_accepts_the_file(path):
     assert "--dashboard-host=127.0.0.1" in " ".join(config["head_start_ray_commands"])
 
 
+def launched(path, request, count):
+    """Nodes by type that Ray's autoscaler would start for so many equal requests."""
+    nodes = {
+        name: NodeTypeConfig(
+            name=name,
+            min_worker_nodes=0,
+            max_worker_nodes=node["max_workers"],
+            priority=node.get("priority", 0),
+            resources=node["resources"],
+        )
+        for name, node in node_types(path).items()
+    }
+    asked = [ResourceRequestByCount(request=ResourceRequestUtil.make(request), count=count)]
+    wanted = SchedulingRequest(True, nodes, max_num_nodes=40, resource_requests=asked)
+    reply = ResourceDemandScheduler().schedule(wanted)
+    return {launch.instance_type: launch.count for launch in reply.to_launch}
+
+
+@pytest.mark.parametrize("path", LAUNCHER, ids=lambda path: path.stem)
+def test_spot_nodes_come_first_and_the_rest_is_on_demand(path):
+    nodes = node_types(path)
+    assert launched(path, {"CPU": 16}, 6) == {"cpu_spot": 6}
+    assert launched(path, {"CPU": 1}, 64) == {"cpu_spot": 4}
+    assert launched(path, {"CPU": 48, "GPU": 4}, 3) == {"simulator_spot": 3}
+    most = nodes["cpu_spot"]["max_workers"]
+    assert launched(path, {"CPU": 16}, most + 2) == {"cpu_spot": most, "cpu": 2}
+
+
 def test_nodes_of_google_with_a_gpu_have_a_driver_and_are_not_moved():
     nodes = [node for node in node_types(LAUNCHER[1]).values() if node["resources"].get("GPU")]
     assert len(nodes) == 4
     for node in nodes:
+        assert "until nvidia-smi" in node["initialization_commands"][0]  # Ray looks once, and goes on without a GPU
         assert node["node_config"]["scheduling"]["onHostMaintenance"] == "TERMINATE"
         assert {"key": "install-nvidia-driver", "value": "True"} in node["node_config"]["metadata"]["items"]
 
@@ -104,9 +137,9 @@ def allocation(tmp_path):
     """A Slurm allocation of two nodes whose commands write down what they were asked; RAY_STATUS is what Ray says."""
     commands = {
         "scontrol": "echo one; echo two",
-        "srun": 'echo "srun $SRUN_CPUS_PER_TASK $*" >> "$LOG"\n[[ "$*" == *hostname* ]] && echo 10.0.0.1 || sleep 3',
+        "srun": 'echo "srun $SRUN_CPUS_PER_TASK $RAY_AUTH_MODE=$RAY_AUTH_TOKEN $*" >> "$LOG"\n[[ "$*" == *hostname* ]] && echo 10.0.0.1 || sleep 3',
         "ray": 'exit "$RAY_STATUS"',
-        "python": 'echo "python $RAY_ADDRESS $*" >> "$LOG"',
+        "python": 'case "$*" in *token_hex*) echo secret;; *) echo "python $RAY_ADDRESS $*" >> "$LOG";; esac',
     }
     (tmp_path / "bin").mkdir()
     for name, does in commands.items():
@@ -137,7 +170,7 @@ def test_slurm_starts_ray_on_every_node_with_all_of_its_cores_and_then_the_run(a
     ended, log = allocation(ray_status=0)
     assert ended.returncode == 0, ended.stderr
     started = [line for line in log if "ray start" in line]
-    assert len(started) == 2 and all(line.startswith("srun 16 ") for line in started)
+    assert len(started) == 2 and all(line.startswith("srun 16 token=secret ") for line in started)
     assert all("--num-cpus=16 --num-gpus=4" in line for line in started)
     assert "python 10.0.0.1:20007 jobs/run.py configs/x.yaml run_dir=/shared/x" in log
 

@@ -126,6 +126,8 @@ def test_pods_have_no_rights_that_they_do_not_need(path):
         context = container["securityContext"]
         assert not context["allowPrivilegeEscalation"] and context["capabilities"] == {"drop": ["ALL"]}
         assert container["resources"]["limits"]["memory"] == container["resources"]["requests"]["memory"]
+    accounts = {name: pod["spec"].get("serviceAccountName") for name, pod in pod_templates(manifest).items()}
+    assert accounts.pop("head") == "rayinterp-head" not in accounts.values()  # the head's may start and end pods
     head = cluster_of(manifest)["headGroupSpec"]
     assert head["serviceType"] == "ClusterIP" and not head.get("enableIngress")
     assert "LoadBalancer" not in path.read_text() and "NodePort" not in path.read_text()
@@ -197,7 +199,7 @@ def test_runs_find_the_simulator_that_the_service_keeps():
     (app,) = served.applications
     module, builder = app.import_path.split(":")
     assert (module, builder) == ("rayinterp.simulate.serve", "build_simulator")
-    assert app.route_prefix is None
+    assert app.route_prefix is None, "the proxies listen on every address of a pod"
     args = StandingSimulator.model_validate(app.args)
     config = load_config(ROOT / args.config, [*args.overrides, f"resources.standing=[{args.simulator}]"])
     first = next(name for name, arm in config.simulators.items() if isinstance(arm, LLMSimulatorConfig))

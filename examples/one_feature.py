@@ -46,7 +46,7 @@ def main(feature_index: int = 47, console: Console | None = None) -> float | Non
     """Explains one feature, by default a clear one."""
     console = console or Console()
     model = str(embedded.model_path(embedded.MODEL))
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     sequences = read_sequences(tokenizer)
 
     sae = SaeSource("layer", None, str(embedded.sae_path(embedded.SAES[0])))

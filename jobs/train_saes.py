@@ -95,7 +95,9 @@ def mix_windows(
 
 def load_cut_model(num_layers: int) -> LlamaForCausalLM:
     """The embedded model's first `num_layers` layers, without the vocabulary head, which costs as much as eight."""
-    model = AutoModelForCausalLM.from_pretrained(embedded.model_path(), dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        embedded.model_path(), dtype=torch.float32, trust_remote_code=False
+    ).eval()
     model.model.layers = model.model.layers[:num_layers]
     model.lm_head = torch.nn.Identity()
     return model  # pyright: ignore[reportReturnType]
@@ -268,7 +270,7 @@ def main() -> None:
 
     started = time.monotonic()
     torch.set_num_threads(arguments.threads)
-    tokenizer = AutoTokenizer.from_pretrained(embedded.model_path())
+    tokenizer = AutoTokenizer.from_pretrained(embedded.model_path(), trust_remote_code=False)
     model = load_cut_model(max(arguments.layers) + 1)
     num_read = arguments.tokens + NUM_NORM_BATCHES * BATCH + 2 * BUFFER_TOKENS  # so that the text never starts again
     by_subset = mix_windows(tokenizer, num_read // WINDOW, held_out=False, seed=arguments.seed)

@@ -353,13 +353,18 @@ def submit(
     if not follow:
         return
     try:
-        status = jobs.follow(client, job, lambda text: console.print(text, end="", markup=False, highlight=False))
+        status = jobs.follow(client, job, _show_log)
     except KeyboardInterrupt:
         console.print(f"\nThe job goes on. To stop it: {later[1]}", soft_wrap=True)
         return
     if status != "SUCCEEDED":
         kept = "what is committed is kept: submit again with the same command"
         raise UserError(f"job {job} ended as {status.value}; {kept}")
+
+
+def _show_log(text: str) -> None:
+    """As it comes: its lines may be cut anywhere on the way, and must not be where they are shown."""
+    console.print(text, end="", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -666,19 +666,23 @@ class BudgetConfig(_Section):
     """Price of a GPU-hour; without it GPUs cost no dollars."""
 
 
+SECRET_NAME = re.compile(r"(?<![A-Z])(API)?(KEYS?|TOKEN|SECRET|PASSWORD|PASSWD|PASS|CREDENTIALS?)(?![A-Z])")
+"""Of environment variables, in capitals: what is one of these words, and not what has one within a longer word."""
+
+
 class JobConfig(_Section):
     """What travels with a run that is submitted to a cluster (`rayinterp submit`)."""
 
     working_dir: str = "."
     """The checkout whose code and configs the job runs; nodes get a copy. What git ignores stays here."""
     excludes: list[str] = []
-    """More that stays here, as patterns of .gitignore."""
+    """More that stays here, as patterns of .gitignore; .rayignore has what always does."""
     extras: list[str] = []
     """Extras of rayinterp that nodes install before the job, at the versions of constraints.txt where it has them. vLLM
     wants other versions of its neighbours: give it an image."""
     image: str | None = None
     """Container image that holds code and configs; nothing else travels then. Nodes start it with podman, which the
-    image of cluster/Dockerfile, itself a container, does not have."""
+    image of cluster/Dockerfile, itself a container, does not have; their GPUs are handed to it by CDI names."""
     env: dict[str, str] = {}
     """Environment variables of driver and workers. Keys are set on the nodes: Ray shows these to whoever may look."""
 
@@ -686,7 +690,7 @@ class JobConfig(_Section):
     @classmethod
     def _no_secrets(cls, env: dict[str, str]) -> dict[str, str]:
         for name, value in env.items():
-            if re.search("KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", name.upper()):
+            if SECRET_NAME.search(name.upper()):
                 raise ValueError(f"has {name}, which Ray would show on its dashboard; set it on the cluster's nodes")
             without_secret(value)
         return env

@@ -51,7 +51,8 @@ def load_tokenizer(config: RunConfig) -> Tokenizer:
         return planted.PlantedTokenizer(planted.WORLDS[config.subject.model].vocabulary)
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(embedded.resolve(config.subject.model), revision=config.subject.revision)
+    name, revision = embedded.resolve(config.subject.model), config.subject.revision
+    return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
 
 
 def field(document: dict[str, Any], path: str) -> Any:

@@ -170,14 +170,16 @@ def convert_model(gguf: Path, folder: Path) -> None:
 
     # The GGUF names the pre-tokenizer `smollm`, digits one by one and then byte level, of which transformers keeps
     # the byte level alone: "a  5" would come out as other ids than the model was trained on.
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
         [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
     )
     tokenizer.save_pretrained(folder)
 
     # A model that remembers being quantized cannot be saved: move its weights to one that does not.
-    quantized = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    quantized = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False
+    )
     config = quantized.config
     del config.quantization_config  # pyright: ignore[reportAttributeAccessIssue]
     model = LlamaForCausalLM(config)  # pyright: ignore[reportArgumentType]

@@ -9,6 +9,7 @@ import difflib
 import importlib.util
 import uuid
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import fsspec
@@ -165,6 +166,19 @@ def check_vllm(name: str, simulator: VllmSimulatorConfig, num_gpus: float) -> No
         )
 
 
+def check_outlasts_job(run_dir: str) -> None:
+    """A Ray job runs in a copy of its working directory, and what it writes there goes with the copy.
+
+    Raises:
+        UserError: the run directory would lie in it.
+    """
+    if "://" not in run_dir and not Path(run_dir).is_absolute():
+        raise UserError(
+            f"run_dir {run_dir!r} is relative, and a job runs in a copy of the working directory that Ray deletes; "
+            "give s3://..., gs://..., or the absolute path of a file system that all nodes share"
+        )
+
+
 def check_run_dir(run_dir: str) -> None:
     """The run directory can be written to."""
     try:
@@ -185,7 +199,7 @@ def model_config(field: str, model: str, revision: str | None) -> Any:
 
     path = embedded.resolve(model)
     try:
-        return AutoConfig.from_pretrained(path, revision=revision)
+        return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise UserError(
@@ -202,7 +216,7 @@ def check_local_llms(config: RunConfig) -> None:
         llm = config.llms[name]
         if llm.provider != "local":
             continue
-        tokenizer = AutoTokenizer.from_pretrained(embedded.resolve(llm.model))
+        tokenizer = AutoTokenizer.from_pretrained(embedded.resolve(llm.model), trust_remote_code=False)
         if not tokenizer.chat_template:
             raise UserError(
                 f"llms.{name}.model {llm.model!r} has no chat template, so it was not trained to answer; name an "

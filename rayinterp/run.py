@@ -7,6 +7,7 @@ Every stage reads from its tables what is left to do, so running again is safe a
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import platform
@@ -23,6 +24,7 @@ import ray
 import yaml
 from ray import serve
 from ray._private import worker
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import RayServeException
 
@@ -51,7 +53,7 @@ from rayinterp.holistic import run_holistic
 from rayinterp.index import run_index
 from rayinterp.plan import by_stage, plan_run
 from rayinterp.pools import beside_driver
-from rayinterp.preflight import Prepared, prepare
+from rayinterp.preflight import Prepared, check_outlasts_job, prepare
 from rayinterp.progress import Progress, Published, silent
 from rayinterp.rating import run_complexity, unrated
 from rayinterp.records import run_records
@@ -86,10 +88,18 @@ def open_run(config: RunConfig, stages: Sequence[str] = STAGES) -> Run:
     Raises:
         UserError: the config cannot work here, or the directory holds tables of another upstream config.
     """
+    if in_a_jobs_copy():
+        check_outlasts_job(config.run_dir)
     prepared = prepare(config, stages)
     freeze(config)
     write_manifest(config, {}, estimate(config))
     return Run(config, Tables(absolute(config.run_dir)), prepared)
+
+
+def in_a_jobs_copy() -> bool:
+    """Whether this is a Ray job that was submitted with its working directory."""
+    job = json.loads(os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR) or "{}")
+    return bool((job.get("runtime_env") or {}).get("working_dir"))
 
 
 def absolute(run_dir: str) -> str:

@@ -139,7 +139,7 @@ def _load_config(name: str, revision: str | None) -> Any:
 
     path = embedder_path(name) if name == embedded.EMBEDDER else embedded.resolve(name)
     try:
-        return AutoConfig.from_pretrained(path, revision=revision)
+        return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
     except (OSError, ValueError):
         return None
 

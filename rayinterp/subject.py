@@ -180,7 +180,8 @@ def load_language_model(
             load_in_8bit=quantization == "8bit", load_in_4bit=quantization == "4bit", bnb_4bit_compute_dtype=dtype
         )
         options["device_map"] = options.get("device_map") or {"": device}
-    model = auto_class.from_pretrained(name, revision=revision, dtype=dtype, **options).eval().requires_grad_(False)
+    options |= {"revision": revision, "trust_remote_code": False}  # its default, None, asks whoever sits at a terminal
+    model = auto_class.from_pretrained(name, dtype=dtype, **options).eval().requires_grad_(False)
     return model if options.get("device_map") else model.to(device)
 
 
@@ -238,7 +239,7 @@ class LanguageModelSubject:
         self._sources = {source.name: source for source in saes}
         self._cards = {source.name: read_card(source) for source in saes}
         self._sae_dtype = sae_dtype
-        config = transformers.AutoConfig.from_pretrained(model, revision=revision)
+        config = transformers.AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
         text = config.get_text_config()
         self._inputs = {name: parse_hook_point(card.hook_name, text) for name, card in self._cards.items()}
         self._targets = {
@@ -449,7 +450,8 @@ def bos_token(model: str, revision: str | None, prepend_bos: bool | str, cards: 
         prepend_bos = wanted.pop()
     if not prepend_bos:
         return None
-    token = transformers.AutoTokenizer.from_pretrained(model, revision=revision).bos_token_id
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=False)
+    token = tokenizer.bos_token_id
     if token is None:
         raise UserError(f"subject.prepend_bos is true, but the tokenizer of {model!r} has no BOS; set it to false")
     return int(token)

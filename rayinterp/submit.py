@@ -21,14 +21,19 @@ from typing import Any
 
 from aiohttp import ClientError
 from packaging.requirements import Requirement
+from ray._private.runtime_env.packaging import _get_excludes, get_excludes_from_ignore_files
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from rayinterp.config import JobConfig, RunConfig
+from rayinterp.config import RunConfig, StageResources, judges_used, llms_used
 from rayinterp.errors import UserError
+from rayinterp.preflight import check_outlasts_job
 
-LEFT_HERE = (".git", "build", "runs", "*.lance", "__pycache__", ".venv*", "tests", ".env", ".env.*", ".netrc", "*.pem")
-"""Patterns of .gitignore: what no job reads, and files that people keep keys in."""
+NODE_VARIABLES = (
+    *("HF_TOKEN", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_REGION", "AWS_ENDPOINT_URL"),
+    *("AWS_ALLOW_HTTP", "GOOGLE_APPLICATION_CREDENTIALS"),
+)
+"""What models and buckets are reached with, where a node has it."""
 SIDE_BY_SIDE = {"harvest", "index"}
 """Stages that may work on one run directory at the same time."""
 CONSTRAINTS = "constraints.txt"
@@ -38,20 +43,33 @@ LOST_SECONDS = 60
 """How long a log is asked for again after the connection was lost."""
 
 
-def runtime_env(job: JobConfig) -> dict[str, Any]:
-    """What Ray lays out on every node before the job starts there.
+def runtime_env(config: RunConfig) -> dict[str, Any]:
+    """What Ray lays out on every node before the job starts there. `.gitignore` and `.rayignore` say what stays here.
 
     Raises:
         UserError: an extra that rayinterp does not have.
     """
+    job = config.job
     env: dict[str, Any] = {"env_vars": dict(job.env)} if job.env else {}
     if job.image:
-        return env | {"image_uri": job.image}
-    env |= {"working_dir": str(Path(job.working_dir).resolve()), "excludes": [*LEFT_HERE, *job.excludes]}
+        return env | {"container": {"image": job.image, "run_options": container_options(config)}}
+    env |= {"working_dir": str(Path(job.working_dir).resolve()), "excludes": list(job.excludes)}
     if job.extras:
         packages = requirements_of(job.extras, pins(Path(job.working_dir) / CONSTRAINTS))
         env["pip"] = {"packages": packages, "pip_check": False}
     return env
+
+
+def container_options(config: RunConfig) -> list[str]:
+    """What podman is told of a job's container: the node's GPUs, and which of its variables to hand on, by name.
+
+    Ray itself hands on what begins with RAY_ and no more.
+    """
+    asked = [config.llms[name] for name in llms_used(config) | judges_used(config)]
+    keys = [llm.api_key_env for llm in asked if llm.provider == "openai"]
+    pools = [resources for _, resources in config.resources if isinstance(resources, StageResources)]
+    gpus = ["--device=nvidia.com/gpu=all"] if any(pool.num_gpus for pool in pools) else []
+    return [*gpus, *(f"--env={name}" for name in sorted({*keys, *NODE_VARIABLES}))]
 
 
 def requirements_of(extras: list[str], pinned: dict[str, str]) -> list[str]:
@@ -94,21 +112,37 @@ def check_job(config: RunConfig, config_path: str, script: str) -> None:
     """What can be known to go wrong on the cluster.
 
     Raises:
-        UserError: a run directory that would be lost with the job, or a file that does not travel with it.
+        UserError: a run directory that would be lost with the job, a file that does not travel with it, or one that is
+            another there.
     """
-    if "://" not in config.run_dir and not Path(config.run_dir).is_absolute():
-        raise UserError(
-            f"run_dir {config.run_dir!r} is relative, and a job runs in a copy of the working directory that Ray "
-            "deletes; give s3://..., gs://..., or the absolute path of a file system that all nodes share"
-        )
+    check_outlasts_job(config.run_dir)
     if Path(config_path).is_absolute() or ".." in Path(config_path).parts:
         raise UserError(f"config {config_path!r} lies outside of job.working_dir; name it relative to that folder")
-    for file in () if config.job.image else (config_path, f"jobs/{script}.py"):
-        if not (Path(config.job.working_dir) / file).exists():
+    if config.job.image:
+        return
+    folder = Path(config.job.working_dir)
+    for file in (config_path, f"jobs/{script}.py"):
+        if not (folder / file).exists():
             raise UserError(
                 f"job.working_dir {config.job.working_dir!r} has no {file}, which the job reads; set it to a checkout "
                 "of rayinterp"
             )
+        if stays_here(folder.resolve(), file, config.job.excludes):
+            raise UserError(
+                f"{file} stays here, by .gitignore, .rayignore or job.excludes of job.working_dir "
+                f"{config.job.working_dir!r}, and the job reads it; move it to configs/, say"
+            )
+    if (folder / config_path).read_bytes() != Path(config_path).read_bytes():
+        raise UserError(
+            f"{config_path} is another file here than in job.working_dir {config.job.working_dir!r}, which the job "
+            "reads; submit from that folder"
+        )
+
+
+def stays_here(folder: Path, file: str, excludes: list[str]) -> bool:
+    """Whether Ray leaves a file of a working directory behind."""
+    patterns = [*get_excludes_from_ignore_files(folder, include_gitignore=True), _get_excludes(folder, excludes)]
+    return any(left(folder / file) for left in patterns)
 
 
 def connect(address: str) -> JobSubmissionClient:
@@ -151,7 +185,7 @@ def submit(client: JobSubmissionClient, config: RunConfig, config_path: str, scr
             )
     job = {
         "entrypoint": entrypoint(script, arguments),
-        "runtime_env": runtime_env(config.job),
+        "runtime_env": runtime_env(config),
         "metadata": {"run_dir": config.run_dir, "run": config.name, "config": config_path, "job": script},
         "submission_id": f"{re.sub(r'[^a-zA-Z0-9]+', '-', config.name)}-{script}-{uuid.uuid4().hex[:6]}",
     }

@@ -14,6 +14,7 @@ What is finished is always read from the tables themselves. This module knows no
 from __future__ import annotations
 
 import json
+import socket
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -510,7 +511,16 @@ class Tables:
                     raise
 
     def write_fragments(self, table: str, rows: pa.Table | Iterator[pa.RecordBatch]) -> list[str]:
-        """Writes data files that no reader sees yet; returns their metadata as JSON for `commit`."""
+        """Writes data files that no reader sees yet; returns their metadata as JSON for `commit`.
+
+        Raises:
+            UserError: the table, made before, is not there: this node does not see the folder that the driver sees.
+        """
+        if not self.exists(table):  # Lance would make one, on a disk that nobody else reads
+            raise UserError(
+                f"run_dir {self.root!r} holds no table {table} on node {socket.gethostname()}, and does where the "
+                "driver runs: give a run_dir that all nodes see as the same, s3://..., gs://... or a shared folder"
+            )
         with _readable(table, rows) as data:
             fragments = lance.fragment.write_fragments(
                 data, self.uri(table), schema=data.schema, mode="append", storage_options=self.storage_options

@@ -9,15 +9,17 @@ Knows nothing of Ray: what services hold is a call that it is handed.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import fsspec
+from filelock import FileLock
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
@@ -25,13 +27,14 @@ from rayinterp.config import BudgetConfig, PoolResources, RunConfig
 from rayinterp.errors import UserError
 from rayinterp.progress import Progress
 
-MANIFEST = "manifest.json"
+MANIFEST, LOCK = "manifest.json", ".write-manifest"
 SAVE_SECONDS = 30.0
 """What a kill may lose of the account."""
 WITHHELD = ("corpus", "harvest", "index", "records")
 """Stages that stop when the budget is spent; explain asks for itself, and so do scorers that ask an LLM."""
 
 _writing = threading.Lock()
+logger = logging.getLogger(__name__)
 
 
 def read_manifest(run_dir: str) -> dict[str, Any]:
@@ -41,9 +44,14 @@ def read_manifest(run_dir: str) -> dict[str, Any]:
 
 
 def update_manifest(run_dir: str, change: Callable[[dict[str, Any]], None]) -> None:
-    """Reads, changes and writes `manifest.json`."""
+    """Reads, changes and writes `manifest.json`.
+
+    Harvest and index may have a driver each: on a disk they take turns. An object store cannot be locked; there what
+    one of them wrote in the same moment is written again with its next account, half a minute later.
+    """
     filesystem, name = fsspec.core.url_to_fs(f"{run_dir.rstrip('/')}/{MANIFEST}")
-    with _writing:
+    on_disk = isinstance(filesystem, LocalFileSystem)
+    with _writing, FileLock(f"{run_dir}/{LOCK}") if on_disk else nullcontext():
         manifest = read_manifest(run_dir)
         change(manifest)
         write_whole(filesystem, name, json.dumps(manifest, indent=2).encode())
@@ -145,8 +153,8 @@ class Meter:
         while not self._ended.wait(SAVE_SECONDS):
             try:
                 self.save()
-            except OSError:  # a store that does not answer now may do so in half a minute
-                continue
+            except Exception as error:  # a store that does not answer now may do so in half a minute
+                logger.warning("what stage %s has spent could not be written down: %s", self._stage, error)
 
     def save(self) -> None:
         """Asks what services hold, counts up to now and writes it down."""

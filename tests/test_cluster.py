@@ -137,7 +137,8 @@ def allocation(tmp_path):
     """A Slurm allocation of two nodes whose commands write down what they were asked; RAY_STATUS is what Ray says."""
     commands = {
         "scontrol": "echo one; echo two",
-        "srun": 'echo "srun $SRUN_CPUS_PER_TASK $RAY_AUTH_MODE=$RAY_AUTH_TOKEN $*" >> "$LOG"\n[[ "$*" == *hostname* ]] && echo 10.0.0.1 || sleep 3',
+        "srun": 'echo "srun $SRUN_CPUS_PER_TASK $RAY_AUTH_MODE=$RAY_AUTH_TOKEN $*" >> "$LOG"\n'
+        '[[ "$*" == *hostname* ]] && echo 10.0.0.1 || sleep 3',
         "ray": 'exit "$RAY_STATUS"',
         "python": 'case "$*" in *token_hex*) echo secret;; *) echo "python $RAY_ADDRESS $*" >> "$LOG";; esac',
     }

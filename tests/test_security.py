@@ -11,6 +11,7 @@ import traceback
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -24,7 +25,7 @@ from rayinterp.errors import UserError
 from rayinterp.preflight import model_config
 from rayinterp.report import write_report
 from rayinterp.report_cards import visible
-from rayinterp.run import is_open, open_run, run_stage
+from rayinterp.run import connected, is_open, open_run, run_stage
 from rayinterp.saes import SaeSource, load_sae
 from rayinterp.show import show_feature
 from rayinterp.tables import SCHEMAS, Tables
@@ -42,6 +43,7 @@ PICKLES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "mars
 CALLS = {"eval", "exec", "os.system", "os.popen", "torch.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load"}
 ARGUMENTS = {("allow_pickle", True), ("shell", True), ("weights_only", False), ("use_safetensors", False)}
 REMOTE_CODE = {"trust_remote_code", "_trust_remote_code"}
+ASKS = re.compile(r"(transformers\.)?Auto\w+\.from_pretrained")
 
 
 def unsafe(tree):
@@ -57,13 +59,19 @@ def unsafe(tree):
             called = ast.unparse(node.func)
             if called in CALLS:
                 yield called
+            if ASKS.fullmatch(called) and REMOTE_CODE.isdisjoint(keyword.arg or "" for keyword in node.keywords):
+                yield f"{called} without trust_remote_code=False"  # which asks, at a terminal, whether to run it
             for keyword in node.keywords:
-                if keyword.arg in REMOTE_CODE:  # whatever its value: there is no field that could ask for it
+                refused = isinstance(keyword.value, ast.Constant) and keyword.value.value is False
+                if keyword.arg in REMOTE_CODE and not refused:  # there is no field that could ask for it
                     yield keyword.arg
                 if isinstance(keyword.value, ast.Constant) and (keyword.arg, keyword.value.value) in ARGUMENTS:
                     yield f"{keyword.arg}={keyword.value.value}"
-        elif isinstance(node, ast.Constant) and node.value in REMOTE_CODE:
-            yield node.value
+        elif isinstance(node, ast.Dict):
+            for key, value in zip(node.keys, node.values, strict=True):
+                off = isinstance(value, ast.Constant) and value.value is False
+                if isinstance(key, ast.Constant) and key.value in REMOTE_CODE and not off:
+                    yield str(key.value)
 
 
 @pytest.mark.parametrize("path", CODE, ids=lambda path: "/".join(path.relative_to(ROOT).parts))
@@ -78,7 +86,7 @@ def test_nothing_executes_data(path):
         *("torch.load(f)", "yaml.load(f, Loader=L)", "yaml.unsafe_load(f)", "eval(x)", "exec(x)", "os.system(x)"),
         *("np.load(f, allow_pickle=True)", "subprocess.run(x, shell=True)", "f(weights_only=False)"),
         *("M.from_pretrained(n, trust_remote_code=True)", "M.from_pretrained(n, trust_remote_code=flag)"),
-        *("f(**{'trust_remote_code': True})", "import joblib.memory"),
+        *("f(**{'trust_remote_code': True})", "AutoModel.from_pretrained(n, dtype=d)", "import joblib.memory"),
     ],
 )
 def test_the_scan_finds_what_it_is_for(code):
@@ -118,7 +126,8 @@ def test_a_models_pickled_weights_run_no_code(tmp_path):
     assert not caught.exists()
 
 
-def test_a_models_own_code_is_not_run(tmp_path):
+def test_a_models_own_code_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *question: "y")  # nor is anybody at a terminal asked
     folder, caught = tmp_path / "model", tmp_path / "caught"
     folder.mkdir()
     code = f"from pathlib import Path\nPath({str(caught)!r}).touch()\nfrom transformers import LlamaConfig as C\n"
@@ -167,6 +176,22 @@ def test_no_code_opens_a_door():
 def test_an_open_dashboard_is_warned_of():
     assert [is_open(url) for url in ("0.0.0.0:8265", "10.0.0.4:8265", "[::]:8265")] == [True] * 3
     assert [is_open(url) for url in ("127.0.0.1:8265", "localhost:8265", "[::1]:8265", "", None)] == [False] * 5
+
+
+@pytest.mark.parametrize(
+    ("url", "mode", "warned"),
+    [("10.0.0.4:8265", "", True), ("10.0.0.4:8265", "token", False), ("127.0.0.1:8265", "", 0)],
+)
+def test_a_run_that_joins_an_open_dashboard_says_so(url, mode, warned, tmp_path, monkeypatch, recwarn):
+    monkeypatch.setenv("RAY_AUTH_MODE", mode)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **options: SimpleNamespace(dashboard_url=url))
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    for name in ("started_here", "stop_services"):
+        monkeypatch.setattr(f"rayinterp.run.{name}", lambda *config: False)
+    with connected(planted_config(tmp_path)):
+        pass
+    assert [url in str(one.message) for one in recwarn] == [True] * bool(warned)
 
 
 # keys

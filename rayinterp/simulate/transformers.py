@@ -96,7 +96,8 @@ class TransformersSimulator:
         self._dtype = pick_dtype(dtype, self._device)
         self._calibration: Calibration = calibration
         self._token_budget = token_budget
-        self._prompt = PromptTokens(AutoTokenizer.from_pretrained(model, revision=revision), num_few_shots)
+        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=False)
+        self._prompt = PromptTokens(tokenizer, num_few_shots)
         options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
         self._model = load_language_model(
             AutoModelForCausalLM, model, revision, self._dtype, self._device, quantization, **options

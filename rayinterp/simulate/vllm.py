@@ -62,8 +62,8 @@ class VllmSimulator:
         **options: Any,
     ) -> None:
         self._vllm: Any = importlib.import_module("vllm")  # slow, and not everywhere: only where it is used
-        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)
-        config = AutoConfig.from_pretrained(model, revision=revision).get_text_config()
+        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False).get_text_config()
         self._calibration: Calibration = calibration
         self._prompt = PromptTokens(tokenizer, num_few_shots)
         self._limit: int | None = getattr(config, "max_position_embeddings", None)

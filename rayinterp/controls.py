@@ -7,8 +7,9 @@ token_lookup   a table from token to its mean activation on train: no explanatio
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -40,8 +41,24 @@ class TokenLookupSimulator:
         return np.array([self._means.get(token, 0.0) for token in sequence.tokens], dtype=np.float32)
 
 
-def shuffled_features(feature: FeatureId, others: Sequence[FeatureId], count: int, seed: int) -> list[FeatureId]:
-    """Other features of the same SAE whose explanations are tried on this one; fewer if there are fewer."""
-    pool = sorted(other for other in others if other.sae == feature.sae and other != feature)
-    order = generator_for(seed, feature, "shuffled").permutation(len(pool))[:count]
-    return [pool[i] for i in order]
+def by_sae(features: Iterable[FeatureId]) -> dict[str, list[FeatureId]]:
+    """Features of each SAE, in order: what `shuffled_features` draws from, made once for all of them."""
+    pools: dict[str, list[FeatureId]] = {}
+    for feature in sorted(features):
+        pools.setdefault(feature.sae, []).append(feature)
+    return pools
+
+
+def shuffled_features(
+    feature: FeatureId, pools: Mapping[str, Sequence[FeatureId]], count: int, seed: int
+) -> list[FeatureId]:
+    """Other features of the same SAE whose explanations are tried on this one; fewer if there are fewer.
+
+    Takes the same time whatever the number of features.
+    """
+    pool = pools.get(feature.sae, ())
+    place = bisect_left(pool, feature)
+    has_it = place < len(pool) and pool[place] == feature
+    num_others = len(pool) - has_it
+    drawn = generator_for(seed, feature, "shuffled").choice(num_others, min(count, num_others), replace=False)
+    return [pool[i + (has_it and i >= place)] for i in drawn.tolist()]

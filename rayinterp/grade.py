@@ -8,6 +8,8 @@ The only stage that reads test records; `grade_plan` says which.
 from __future__ import annotations
 
 import asyncio
+import time
+from collections import deque
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,7 +34,9 @@ from rayinterp.simulate.client import SimulatorClient
 from rayinterp.simulate.simulator import CONTROL_NULLS, RuleRequest, combine
 from rayinterp.sources import generator_for, spread
 from rayinterp.subject import FeatureId
-from rayinterp.tables import Tables, sql_in
+from rayinterp.tables import COMMIT_SECONDS, COMMITS_BETWEEN_COMPACTIONS, Tables, sql_in
+
+GRADED_TABLES = ("scores", "complexity", "predictions")
 
 
 class Graded(NamedTuple):
@@ -222,33 +226,57 @@ def grade_block(block: list[FeatureWork], simulator: str, config: RunConfig, tab
 def run_score(
     config: RunConfig, tables: Tables, plan: ScorePlan, committer: Any, progress: Progress = silent
 ) -> dict[str, int]:
-    """Grades what the plan names, in Ray tasks; the simulators it names must have been deployed."""
+    """Grades what the plan names, in Ray tasks; the simulators it names must have been deployed.
+
+    What is graded is committed in groups, and whatever ends the stage, what was graded by then.
+    """
     task = ray.remote(grade_block).options(num_cpus=config.resources.score.num_cpus)
     replace_scores(tables, plan.unscored)
     done = plan.num_finished
     total = done + sum(len(block) for _, block in plan.blocks)
     progress(done, total)
-    left, waiting = list(plan.blocks), {}
+    left, running = deque(plan.blocks), {}
+    graded: list[Graded] = []
+    num_graded, num_commits, last_commit = 0, 0, time.monotonic()
     # A request waits behind those before it, and its time runs: no more than keep the replicas busy.
     in_flight = 2 * max(config.resources.simulator.most_actors, 1)
-    while left or waiting:
-        while left and len(waiting) < in_flight:
-            simulator, block = left.pop(0)
-            waiting[task.remote(block, simulator, config, tables, committer)] = len(block)
-        (ready,), _ = ray.wait(list(waiting), num_returns=1)
-        graded = ray.get(ready)
-        # Scores go last: they mark the features as finished.
-        tables.append("predictions", graded.predictions)
-        tables.append("complexity", graded.complexity)
-        replace_scores(tables, graded.scores)
-        done += waiting.pop(ready)
-        progress(done, total)
-    if plan.blocks:
-        ray.get(committer.flush.remote())
-        for table in ("scores", "complexity", "predictions", "simulations"):
-            tables.finish(table)
+    try:
+        while left or running:
+            while left and len(running) < in_flight:
+                simulator, block = left.popleft()
+                running[task.remote(block, simulator, config, tables, committer)] = len(block)
+            ready, _ = ray.wait(list(running), num_returns=1, timeout=COMMIT_SECONDS)
+            for reference in ready:
+                graded.append(ray.get(reference))
+                num_graded += running.pop(reference)
+            committer.tick.remote()
+            if graded and (not (left or running) or time.monotonic() - last_commit > COMMIT_SECONDS):
+                write_graded(tables, graded)
+                done, num_graded, graded, last_commit = done + num_graded, 0, [], time.monotonic()
+                progress(done, total)
+                num_commits += 1
+                if num_commits % COMMITS_BETWEEN_COMPACTIONS == 0:
+                    for table in GRADED_TABLES:
+                        tables.finish(table, in_use=True)
+    finally:
+        if graded:
+            write_graded(tables, graded)
+        if plan.blocks:
+            ray.get(committer.flush.remote())
+    for table in (*GRADED_TABLES, "simulations") if plan.blocks else ():
+        tables.finish(table)
     statuses = tables.read("scores", ["status"], "control = '' and scorer = 'correlation'")["status"].to_pylist()
     return {status: statuses.count(status) for status in sorted(set(statuses))}
+
+
+def write_graded(tables: Tables, graded: list[Graded]) -> None:
+    """Commits rows of several blocks. Scores go last: they mark their features as finished."""
+    predictions, complexity, scores = (
+        [row for one in graded for row in getattr(one, name)] for name in ("predictions", "complexity", "scores")
+    )
+    tables.append("predictions", predictions)
+    tables.append("complexity", complexity)
+    replace_scores(tables, scores)
 
 
 def replace_scores(tables: Tables, rows: list[dict[str, Any]]) -> None:

@@ -6,12 +6,12 @@ explanations, counts of test records -> budgets -> blocks of `FeatureWork`, and 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rayinterp.complexity import OF_PREDICTIONS
 from rayinterp.config import LLMSimulatorConfig, RunConfig, arm_id
-from rayinterp.controls import shuffled_features
+from rayinterp.controls import by_sae, shuffled_features
 from rayinterp.explanation import Explanation, from_json
 from rayinterp.retrieve import RULE_NEGATIVE
 from rayinterp.score import SCORERS
@@ -101,6 +101,7 @@ def plan_grading(
     num_records = count_records(tables, "test", called_for, llm.max_records if llm else None)
     num_valid = count_records(tables, "valid", Counter(), llm.max_records if llm else None)
     by_feature = read_explained(tables, explainers)
+    pools = explained_by(by_feature)
     work: list[FeatureWork] = []
     unscored: list[dict[str, Any]] = []
 
@@ -115,7 +116,7 @@ def plan_grading(
             leave_out(feature, explainer, status)
         if not explained.explanations:
             continue
-        shuffled = shuffled_explanations(feature, by_feature, config)
+        shuffled = shuffled_explanations(feature, by_feature, pools, config)
         one = FeatureWork(feature, settings_of(config, called_for[str(feature)]), explained.explanations, shuffled)
         if pairs_left is not None:
             pairs_left -= (len(one.rules()) + num_nulls) * num_records[str(feature)]
@@ -158,6 +159,10 @@ class Explained(NamedTuple):
     """Status of the explainers that ran and found none."""
 
 
+Pools = dict[str, dict[str, list[FeatureId]]]
+"""Explained features in order, by explainer and SAE."""
+
+
 def read_explained(tables: Tables, explainers: list[str]) -> dict[FeatureId, Explained]:
     """Every feature that some explainer has finished with."""
     columns = ["feature_key", "explainer", "explanation", "status"]
@@ -183,14 +188,26 @@ def count_records(
     return counts
 
 
+def explained_by(by_feature: Mapping[FeatureId, Explained]) -> Pools:
+    """Features that each explainer has explained, by its arm id."""
+    features: dict[str, list[FeatureId]] = {}
+    for feature, explained in by_feature.items():
+        for name in explained.explanations:
+            features.setdefault(name, []).append(feature)
+    return {name: by_sae(of_name) for name, of_name in features.items()}
+
+
 def shuffled_explanations(
-    feature: FeatureId, by_feature: dict[FeatureId, Explained], config: RunConfig
+    feature: FeatureId, by_feature: Mapping[FeatureId, Explained], pools: Pools, config: RunConfig
 ) -> dict[str, list[Explanation]]:
-    """For each explainer that explained the feature, what it said of some other features."""
+    """For each explainer that explained the feature, what it said of some other features.
+
+    Args:
+        pools: As `explained_by` gives them.
+    """
     shuffled = {}
     for name in by_feature[feature].explanations:
-        others = [other for other, explained in by_feature.items() if name in explained.explanations]
-        chosen = shuffled_features(feature, others, config.score.num_shuffled, config.seed)
+        chosen = shuffled_features(feature, pools[name], config.score.num_shuffled, config.seed)
         if chosen:
             shuffled[name] = [by_feature[other].explanations[name] for other in chosen]
     return shuffled

@@ -25,7 +25,7 @@ import yaml
 from ray import serve
 from ray._private import worker
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 from ray.serve.exceptions import RayServeException
 
 from rayinterp.config import (
@@ -42,7 +42,7 @@ from rayinterp.config import (
     to_yaml,
 )
 from rayinterp.corpus import run_corpus
-from rayinterp.errors import UserError
+from rayinterp.errors import EngineError, UserError
 from rayinterp.explain.local import deploy_llm
 from rayinterp.explain.rows import arm_ids
 from rayinterp.explain.runner import arms_left, dollars_spent, live_features, reopen, run_explain
@@ -310,12 +310,14 @@ def explain(run: Run, progress: Progress, meter: Meter) -> dict[str, int]:
     config = run.config
     reopen(config, run.tables, meter.over_budget)
     if not arms_left(config, run.tables, live_features(run.tables)):
-        return run_explain(config, run.tables, None, progress)
-    committer = start_committer(run.tables)
-    deploy(run, {name for arm in config.explainers.values() for name in simulators_of(arm)}, llms_used(config))
-    counts = run_explain(config, run.tables, committer, progress, meter.over_budget)
+        counts = run_explain(config, run.tables, None, progress)
+    else:
+        committer = start_committer(run.tables)
+        deploy(run, {name for arm in config.explainers.values() for name in simulators_of(arm)}, llms_used(config))
+        counts = run_explain(config, run.tables, committer, progress, meter.over_budget)
     for table in ("llm_calls", "candidates", "explanations", "simulations"):
-        run.tables.finish(table)
+        if not run.tables.is_finished(table):  # by a run that was killed here, say
+            run.tables.finish(table)
     return counts
 
 
@@ -395,11 +397,16 @@ def run_stage(run: Run, stage: str, progress: Progress = silent) -> dict[str, in
         with Meter(run.config, stage, lambda: service_gpus(run.config)) as meter:
             told = Published(run.config.name, stage, progress)
             counts = _RUNNERS[stage](run, meter.within_budget(told, dollars_spent(run.tables)), meter)
-    except RayActorError as error:
+    except (RayActorError, OutOfMemoryError) as error:
         said = str(error).strip().splitlines()[-1]
         raise UserError(
             f"stage {stage} lost a process that it cannot go on without ({said}); what is committed is kept: run the "
             "same command again"
+        ) from error
+    except EngineError as error:
+        raise UserError(
+            f"stage {stage}: {str(error).strip().splitlines()[-1]}, on several replicas; what is committed is kept: "
+            "their logs, on Ray's dashboard, say what they lack; run the same command again"
         ) from error
     except OSError as error:  # of a worker, too: Ray raises what it raised
         if "no space left" not in str(error).lower():

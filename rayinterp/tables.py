@@ -368,7 +368,8 @@ _SCALAR_INDICES: dict[str, dict[str, Literal["BTREE", "BITMAP"]]] = {
     "embeddings": {"sequence_id": "BTREE", "split": "BITMAP"},
     "records": {"feature_key": "BTREE"},
     "holistic": {"feature_key": "BTREE"},
-    "simulations": {"sequence_id": "BTREE"},
+    "llm_calls": {"feature_key": "BTREE"},
+    "simulations": {"rule_hash": "BTREE", "sequence_id": "BTREE"},
 }
 
 
@@ -625,7 +626,7 @@ class Tables:
         if dataset is None:
             return False
         indexed = {field for index in dataset.describe_indices() for field in index.field_names}
-        return indexed >= set(_SCALAR_INDICES[table]) and len(dataset.versions()) == 1
+        return indexed >= set(_SCALAR_INDICES.get(table, {})) and len(dataset.versions()) == 1
 
     def compact(self, table: str) -> None:
         """Merges small files and drops old versions, while workers go on writing files for later commits."""
@@ -801,7 +802,10 @@ class Committer:
 
     def flush(self) -> None:
         """Commits what is waiting, and returns when it is done."""
-        self._begin()
+        try:
+            self._begin()
+        except Exception:  # of the commit before, whose rows wait again: its store may have had a bad moment
+            self._begin()
         self._wait()
 
     def _begin(self) -> None:

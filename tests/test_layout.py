@@ -66,7 +66,7 @@ def test_lance_and_ray_stay_in_their_rooms():
     ray_rooms = {
         "progress", "pools", "tables", "corpus", "harvest", "index", "records", "holistic", "rule_negatives",
         "grade", "run", "tune", "simulate.serve", "simulate.client", "explain.runner", "explain.actor",
-        "explain.local",
+        "explain.local", "explain.served",
         "explain.status", "scorers.runner", "submit",
     }  # fmt: skip
     for name, tree in modules():

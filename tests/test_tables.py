@@ -223,6 +223,22 @@ def test_what_has_waited_is_committed_though_nothing_more_comes(tmp_path, monkey
     assert tables.count("llm_calls") == 1
 
 
+def test_a_flush_writes_what_an_earlier_commit_could_not(tmp_path, monkeypatch):
+    tables, append, down = Tables(str(tmp_path)), Tables.append, [True]
+
+    def failing(self, table, rows):
+        if down and down.pop():
+            raise OSError("the store does not answer")
+        append(self, table, rows)
+
+    monkeypatch.setattr(Tables, "append", failing)
+    monkeypatch.setattr("rayinterp.tables.COMMIT_SECONDS", 0.0)
+    committer = Committer(tables)
+    committer.add({"llm_calls": [call(1)]})  # begins the commit that fails
+    committer.flush()
+    assert tables.count("llm_calls") == 1
+
+
 def test_ray_reads_the_same_rows(tmp_path, ray_session):
     tables = Tables(str(tmp_path))
     tables.append("llm_calls", [call(i) for i in range(5)])

@@ -31,9 +31,9 @@ from rayinterp.explain.client import (
     scripted_client,
 )
 from rayinterp.explain.feature import Propose, Silent, llm_proposer, prepare_search, search_feature
-from rayinterp.explain.local import served_client
 from rayinterp.explain.planted_llm import planted_client
 from rayinterp.explain.rows import NodeCommitter, arm_ids, explanation_row, why_not
+from rayinterp.explain.served import served_client
 from rayinterp.explain.status import Spent
 from rayinterp.explanation import Explanation, claims
 from rayinterp.holistic import read_holistic

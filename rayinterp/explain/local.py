@@ -21,10 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, L
 
 from rayinterp import embedded
 from rayinterp.config import LLMConfig, ServiceResources
-from rayinterp.explain.client import Generate, LLMError, LLMReply, LLMRequest
+from rayinterp.explain.client import LLMReply, LLMRequest
 from rayinterp.explanation import rules_schema
 from rayinterp.harvest import torch_threads
-from rayinterp.simulate.client import FIRST_PAUSE, LOST, MAX_ATTEMPTS
 from rayinterp.simulate.serve import replica_options, run_app
 from rayinterp.subject import pick_device, pick_dtype
 
@@ -117,25 +116,3 @@ def deploy_llm(app: str, config: LLMConfig, resources: ServiceResources) -> Depl
     """Starts the replicas of one LLM arm as a Serve app, unless they are there."""
     replica = LLMReplica.options(**replica_options(resources))  # type: ignore[attr-defined]
     return run_app(replica.bind(config, resources.most_actors), app)
-
-
-def served_client(app: str, timeout_seconds: float) -> Generate:
-    """Calls the Serve app of one LLM arm; another replica where one is lost with the request."""
-    handle = serve.get_app_handle(app)
-
-    async def generate(request: LLMRequest, feature_key: str) -> LLMReply:
-        lost: Exception | None = None
-        for attempt in range(MAX_ATTEMPTS):
-            response = handle.generate.remote(request)
-            try:
-                async with asyncio.timeout(timeout_seconds):
-                    return LLMReply(*await response)
-            except LOST as error:
-                lost = error
-            except TimeoutError:
-                response.cancel()
-                raise LLMError(f"no answer of {app} within {timeout_seconds:g} s", transient=True) from None
-            await asyncio.sleep(FIRST_PAUSE * 2**attempt)
-        raise LLMError(f"no replica of {app} answered ({type(lost).__name__})", transient=True)
-
-    return generate

@@ -76,13 +76,16 @@ def explanation_row(
         "num_falsifiers": num_falsifiers,
         "finalists": [node.node for node in nodes if node.final_score is not None],
         "final_scores": [node.final_score for node in nodes if node.final_score is not None],
-        "status": status or ("ok" if winner else _why_no_winner(nodes)),
+        "status": status or _status(nodes, winner is not None),
         "cost_usd": None if any(cost is None for cost in costs) else sum(c for c in costs if c is not None),
     }
 
 
-def _why_no_winner(nodes: list[Node]) -> str:
-    return "llm_error" if any(node.status == "llm_error" for node in nodes) else "no_explanation"
+def _status(nodes: list[Node], has_winner: bool) -> str:
+    """A search that lacks answers is tried again by the next run, also where a root without an LLM gave it a winner."""
+    if any(node.status == "llm_error" for node in nodes):
+        return "llm_error"
+    return "ok" if has_winner else "no_explanation"
 
 
 def _chosen_by(winner: Node) -> float | None:

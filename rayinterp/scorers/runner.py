@@ -40,8 +40,10 @@ from rayinterp.grade import replace_scores, some_of_each_source
 from rayinterp.grade_plan import (
     TRIED_AGAIN,
     Explained,
+    Pools,
     count_records,
     count_rule_negatives,
+    explained_by,
     first_of_each_sae,
     graded_sources,
     read_explained,
@@ -113,6 +115,7 @@ def plan_scorer(config: RunConfig, tables: Tables, name: str, explainers: list[s
     num_records = count_records(tables, "test", called_for, scorer.max_records, silent_alone)
     stands = standing(config, tables, arm)
     by_feature = _to_grade(scorer, tables, explainers)
+    pools = explained_by(by_feature)
     calls_left = config.llms[scorer.llm].max_calls if isinstance(scorer, JudgeConfig) else None
     plan = ScorerPlan(name, arm, [], [], 0)
     num_finished = 0
@@ -123,12 +126,12 @@ def plan_scorer(config: RunConfig, tables: Tables, name: str, explainers: list[s
             if stands.get((key, explainer)) != status:
                 plan.unscored.extend(unscored_rows(config, plan, feature, settings, explainer, status))
         if calls_left is not None and isinstance(scorer, JudgeConfig):
-            num_texts = len(texts_of(feature, by_feature, explained.explanations, config))
+            num_texts = len(texts_of(feature, by_feature, pools, explained.explanations, config))
             calls_left -= most_calls(scorer, num_records[key], num_texts)
         affordable = calls_left is None or calls_left >= 0
         left = {e: x for e, x in explained.explanations.items() if stands.get((key, e)) in (None, *TRIED_AGAIN)}
         if left and affordable:
-            texts = texts_of(feature, by_feature, left, config)
+            texts = texts_of(feature, by_feature, pools, left, config)
             plan.work.append(ScorerWork(feature, settings, texts, left if "" not in left else {}))
         elif left:
             for explainer in (e for e in left if stands.get((key, e)) != "no_budget"):
@@ -149,6 +152,7 @@ def _to_grade(scorer: ScorerConfig, tables: Tables, explainers: list[str]) -> di
 def texts_of(
     feature: FeatureId,
     by_feature: Mapping[FeatureId, Explained],
+    pools: Pools,
     explanations: Mapping[str, Explanation],
     config: RunConfig,
 ) -> dict[Graded, str]:
@@ -159,7 +163,7 @@ def texts_of(
     if "" in explanations:
         return {Graded("", ""): ""}
     texts = {Graded(name, ""): wording(explanation) for name, explanation in explanations.items()}
-    shuffled = shuffled_explanations(feature, dict(by_feature), config)
+    shuffled = shuffled_explanations(feature, by_feature, pools, config)
     texts |= {Graded(name, "shuffled"): wording(shuffled[name][0]) for name in explanations if name in shuffled}
     null = generator_for(config.seed, feature, "null text").integers(len(CONTROL_NULLS)) if texts else 0
     return texts | ({Graded("", "null"): CONTROL_NULLS[int(null)]} if texts else {})

@@ -2,8 +2,8 @@
 
     candidate --> memo of the feature's sequences --what it lacks--> a replica --> `simulations` --> calibrated
 
-Six raw log-probabilities per token are remembered, so a change of calibration or strength costs nothing. The memo of a
-feature is read from `simulations` when work on it begins and forgotten when it ends; only the table grows.
+Six raw log-probabilities per token are remembered, so a change of calibration or strength costs nothing. What a feature
+asks for is looked up in `simulations`, and its memo is forgotten when work on it ends; only the table grows.
 """
 
 from __future__ import annotations
@@ -17,14 +17,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from ray import serve
-from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError
+from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.util.metrics import Counter
 
 from rayinterp.config import LLMSimulatorConfig, RunConfig, service_name
 from rayinterp.errors import EngineError, UserError
 from rayinterp.prompts import simulator_messages
-from rayinterp.simulate.simulator import Memo, MemoKey, RuleRequest, SimulateAsync, calibrated, is_usable, with_nulls
+from rayinterp.simulate.simulator import (
+    Memo,
+    MemoKey,
+    RuleRequest,
+    SimulateAsync,
+    calibrated,
+    is_usable,
+    memo_keys,
+    with_nulls,
+)
 from rayinterp.tables import Tables, sql_in
 
 if TYPE_CHECKING:
@@ -34,10 +43,15 @@ MAX_ATTEMPTS = 8
 """Times that a request is sent: a replica may die with it, and another be started in its place."""
 FIRST_PAUSE = 0.5
 """Seconds before the second attempt; doubled for every further one."""
-LOST = (RayActorError, NodeDiedError, ObjectLostError, BackPressureError, DeploymentUnavailableError)
+LOST = (
+    *(RayActorError, NodeDiedError, ObjectLostError, OutOfMemoryError),
+    *(BackPressureError, DeploymentUnavailableError),
+)
 """What says that a request was not answered, or its answer lost, and nothing about the request itself."""
 MAX_ENGINE_ATTEMPTS = 3
 """Of a request on which an engine failed: its device may be at fault, and another replica well."""
+ENGINE_PAUSE = 5.0
+"""Seconds before the second of these; doubled for the third. Serve takes some six to find a replica that fails ill."""
 
 
 class SimulatorClient:
@@ -63,16 +77,13 @@ class SimulatorClient:
         if self._llm is None:
             return self._ask
         method, memo, memo_name = self._llm.calibration, Memo(), memo_id(self._llm)
-        read: set[int] = set()
 
         async def simulate(requests: list[RuleRequest]) -> list[list[np.ndarray]]:
-            new = {sequence.sequence_id for request in requests for sequence in request.sequences} - read
-            if new:
-                for key, log_probs in await asyncio.to_thread(read_simulations, self._tables, memo_name, sorted(new)):
+            wanted = with_nulls(requests, method)
+            if missing := memo.missing(wanted):
+                for key, log_probs in await asyncio.to_thread(read_simulations, self._tables, memo_name, missing):
                     if is_usable(log_probs):
                         memo.remember(key, log_probs)
-                read.update(new)
-            wanted = with_nulls(requests, method)
             missing = memo.missing(wanted)
             if missing:
                 await self._write(memo_name, memo.add(missing, await self._ask(missing)))
@@ -117,6 +128,7 @@ class SimulatorClient:
             except EngineError:
                 if attempt >= MAX_ENGINE_ATTEMPTS:
                     raise
+                pause = max(pause, ENGINE_PAUSE)
             except LOST as error:
                 if attempt == MAX_ATTEMPTS:
                     raise UserError(
@@ -152,11 +164,16 @@ async def _result(response: Any) -> list[Any]:
 
 
 def read_simulations(
-    tables: Tables, memo: str, sequence_ids: Sequence[int]
+    tables: Tables, memo: str, requests: list[RuleRequest]
 ) -> list[tuple[MemoKey, Float16[np.ndarray, "values"]]]:
-    """What a simulator computed before for some sequences, in this run or an interrupted one."""
+    """What a simulator computed before for some rules and sequences, in this run or an interrupted one.
+
+    Both are asked for: a sequence is shared by hundreds of features, whose rules are nothing to this one.
+    """
     columns = ["rule_hash", "sequence_id", "log_probs"]
-    where = f"simulator = '{memo}' and {sql_in('sequence_id', sequence_ids)}"
+    keys = {key for request in requests for key in memo_keys(request)}
+    rules, sequences = (sorted(set(ids)) for ids in zip(*keys, strict=True))
+    where = f"simulator = '{memo}' and {sql_in('rule_hash', rules)} and {sql_in('sequence_id', sequences)}"
     found: list[tuple[MemoKey, np.ndarray]] = []
     for batch in tables.read("simulations", columns, where).to_batches():
         rule_hashes, ids = (batch[name].to_pylist() for name in columns[:2])

@@ -45,6 +45,9 @@ MERGED_TOKENS = 4096
 no gain, since the engine cuts its work into passes anyway."""
 MAX_FAILURES = 3
 """Calls of the engine that fail one after the other before Serve is told to replace the replica."""
+HEALTH_SECONDS = 2.0
+"""Between Serve's looks at a replica, which it replaces after three that find it ill: one that fails at once has the
+shortest queue, and gets the next request."""
 DRAIN_SECONDS = 600.0
 """How long a replica that is to go may take to answer what it has."""
 
@@ -262,6 +265,7 @@ def replica_options(resources: ServiceResources) -> dict[str, Any]:
     options: dict[str, Any] = {
         "max_ongoing_requests": MAX_ONGOING_REQUESTS,
         "graceful_shutdown_timeout_s": DRAIN_SECONDS,
+        "health_check_period_s": HEALTH_SECONDS,
         "ray_actor_options": {"num_cpus": resources.num_cpus, "num_gpus": resources.num_gpus},
     }
     if resources.max_actors is None:

@@ -190,7 +190,7 @@ class Memo:
         """The part of the requests that is not known, each pair once."""
         wanted: dict[str, dict[MemoKey, TokenSequence]] = {}
         for request in requests:
-            for key, sequence in zip(_keys(request), request.sequences, strict=True):
+            for key, sequence in zip(memo_keys(request), request.sequences, strict=True):
                 if key not in self._known:
                     wanted.setdefault(request.rule, {})[key] = sequence
         return [RuleRequest(rule, tuple(sequences.values())) for rule, sequences in wanted.items()]
@@ -199,16 +199,17 @@ class Memo:
         self, requests: list[RuleRequest], answers: list[list[LogProbs]]
     ) -> dict[MemoKey, Float16[np.ndarray, "seq 6"]]:
         """Takes what an engine answered; returns it as it is kept."""
-        keys = [key for request in requests for key in _keys(request)]
+        keys = [key for request in requests for key in memo_keys(request)]
         for key, log_probs in zip(keys, (values for answer in answers for values in answer), strict=True):
             self.remember(key, log_probs)
         return {key: self._known[key] for key in keys}
 
     def log_probs(self, requests: list[RuleRequest]) -> list[list[LogProbs]]:
         """What is known of requests of which nothing is missing."""
-        return [[self._known[key].astype(np.float32) for key in _keys(request)] for request in requests]
+        return [[self._known[key].astype(np.float32) for key in memo_keys(request)] for request in requests]
 
 
-def _keys(request: RuleRequest) -> list[MemoKey]:
+def memo_keys(request: RuleRequest) -> list[MemoKey]:
+    """Of a rule and each of its sequences."""
     rule_hash = Rule(request.rule).hash
     return [MemoKey(rule_hash, sequence.sequence_id) for sequence in request.sequences]

@@ -16,7 +16,7 @@ import ray
 
 from rayinterp import embedded, planted
 from rayinterp.config import load_config
-from rayinterp.controls import shuffled_features
+from rayinterp.controls import by_sae, shuffled_features
 from rayinterp.explanation import from_json
 from rayinterp.records import ActivationRecord, load_records
 from rayinterp.run import open_run, run_stage
@@ -63,7 +63,7 @@ def real_cases() -> list[Case]:
         rules = {FeatureId.parse(row["feature_key"]): from_json(row["explanation"])[0].activates_on for row in rows}
         cases = []
         for feature in sorted(rules):
-            (other,) = shuffled_features(feature, list(rules), 1, seed=0)
+            (other,) = shuffled_features(feature, by_sae(rules), 1, seed=0)
             valid = load_records(run.tables, feature, ("valid",))["valid"]
             records = [
                 record

@@ -1,11 +1,14 @@
 import json
+from types import SimpleNamespace
 
 import pytest
+from ray.exceptions import ActorDiedError, RayTaskError
 
 from rayinterp import embedded
 from rayinterp.config import LLMConfig
-from rayinterp.explain.client import LLMRequest
+from rayinterp.explain.client import LLMError, LLMReply, LLMRequest
 from rayinterp.explain.local import LocalLLM, characters_per_rule
+from rayinterp.explain.served import served_client
 from rayinterp.scorers.intruder import parse_choice
 from rayinterp.scorers.judged import verdicts_form
 
@@ -54,3 +57,27 @@ def test_a_judges_answer_keeps_to_its_form(llm):
     assert verdicts.finish_reason == "stop" and verdicts_form(4).parse(verdicts.text) is not None
     choice = llm.generate(request._replace(answer_schema=json.dumps({"enum": [1, 2, 3]})))
     assert choice.finish_reason == "stop" and parse_choice(choice.text, 3) is not None
+
+
+async def test_what_fails_in_a_replica_is_a_failed_call_and_no_end_of_the_stage(monkeypatch):
+    monkeypatch.setattr("rayinterp.explain.served.FIRST_PAUSE", 0.001)
+    reply, said = LLMReply("text", "stop", 1, 1), []
+
+    async def answer(outcome):
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    outcomes = [
+        RayTaskError("generate", "Traceback\ntorch.OutOfMemoryError: CUDA out of memory", RuntimeError()),
+        ActorDiedError(),
+        reply,
+    ]
+    replica = SimpleNamespace(remote=lambda request: said.append(request) or answer(outcomes.pop(0)))
+    monkeypatch.setattr("ray.serve.get_app_handle", lambda app: SimpleNamespace(generate=replica))
+    request = LLMRequest("local", "m", MESSAGES, 1.0, 12, 1)
+    generate = served_client("llm-x", 5)
+    with pytest.raises(LLMError, match=r"llm-x failed on a request .*CUDA out of memory") as error:
+        await generate(request, "a/1")
+    assert error.value.transient
+    assert await generate(request, "a/1") == reply and len(said) == 3

@@ -74,12 +74,15 @@ async def test_nodes_are_handed_over_once_and_as_they_end():
     await commit(search)
     await commit(search)
     assert written == [[0], [2]]
+    assert explanation_row(FEATURE, ("e@1", "s@1"), search)["status"] == "ok"
     search.nodes[1].status = "llm_error"  # answered the next time, it would lead elsewhere: nothing more is final
     search.nodes.append(Node(3, "revision", 2, 1, (Rule("c", 5),), "ok"))
     await commit(search)
     assert written == [[0], [2]]
     assert [(row["node"], row["status"]) for row in commit.rest(search)] == [(1, "llm_error"), (3, "ok")]
-    assert explanation_row(FEATURE, ("e@1", "s@1"), search)["num_candidates"] == 4
+    row = explanation_row(FEATURE, ("e@1", "s@1"), search)
+    assert row["num_candidates"] == 4 and row["explanation"] is not None
+    assert row["status"] == "llm_error", "a winner among the few that there are does not settle the feature"
 
 
 def test_the_account_survives_an_actor_that_was_started_anew(ray_session):

@@ -1,15 +1,20 @@
 """What the score stage grades when it cannot grade everything: caps on records, and budgets that another run lifts."""
 
-import pytest
+import time
 
+import pytest
+import ray
+
+from rayinterp.errors import EngineError
 from rayinterp.explain.rows import arm_ids
-from rayinterp.grade import some_of_each_source
+from rayinterp.grade import Graded, run_score, some_of_each_source
+from rayinterp.grade_plan import FeatureWork, ScorePlan, score_row
 from rayinterp.records import load_records
 from rayinterp.run import open_run, run_stage
 from rayinterp.simulate.simulator import CONTROL_NULLS
 from rayinterp.sources import spread
 from rayinterp.subject import FeatureId
-from rayinterp.tables import Tables
+from rayinterp.tables import Committer, Tables
 from tests.conftest import copy_upstream, planted_config
 from tests.simulate.tiny_simulators import save_model
 
@@ -30,6 +35,28 @@ def graded(folder, *overrides):
     run = open_run(planted_config(folder, *SMALL, *overrides))
     run_stage(run, "score")
     return run.tables, {name: run.tables.version(name) for name in WRITTEN}
+
+
+def first_block_alone(block, simulator, config, tables, committer):
+    """In place of grading."""
+    feature = block[0].feature
+    if feature.index:
+        time.sleep(3)  # the first is graded by then
+        raise EngineError("device lost")
+    return Graded([score_row(feature, "e@1", "", simulator, "correlation", "random", status="ok")], [], [])
+
+
+def test_what_was_graded_outlives_a_block_that_fails(ray_session, tmp_path, monkeypatch):
+    monkeypatch.setattr("rayinterp.grade.grade_block", first_block_alone)
+    monkeypatch.setattr("rayinterp.grade.COMMIT_SECONDS", 60.0)
+    tables = Tables(str(tmp_path))
+    work = [[FeatureWork(FeatureId("a", n), "", {}, {})] for n in range(2)]
+    committer = ray.remote(Committer).options(num_cpus=0).remote(tables)
+    ray.get(committer.add.remote({"simulations": [{"simulator": "s@1", "rule_hash": "r", "sequence_id": 1}]}))
+    with pytest.raises(EngineError, match="device lost"):
+        run_score(planted_config(tmp_path), tables, ScorePlan([("oracle", one) for one in work], [], 0), committer)
+    assert tables.read("scores")["feature_key"].to_pylist() == ["a/0"]
+    assert tables.count("simulations") == 1, "what was paid for is durable too"
 
 
 def test_what_is_taken_of_a_ranking_is_spread_over_it():

@@ -257,13 +257,13 @@ def test_embedding_is_the_cosine_of_the_index(copied, tmp_path):
 
 
 def test_texts_that_are_graded(planted_run):
-    from rayinterp.grade_plan import read_explained
+    from rayinterp.grade_plan import explained_by, read_explained
 
     config, tables = planted_run.config, planted_run.tables
     ids = {name: arm_ids(config, name)[0] for name in config.explainers}
     by_feature = read_explained(tables, list(ids.values()))
     feature = FeatureId("planted", 2)
-    texts = texts_of(feature, by_feature, by_feature[feature].explanations, config)
+    texts = texts_of(feature, by_feature, explained_by(by_feature), by_feature[feature].explanations, config)
     assert texts[Graded(ids["right"], "")] == "bowed string instruments; citrus fruits"
     assert texts[Graded("", "null")] in CONTROL_NULLS
     others = {wording(by_feature[FeatureId("planted", n)].explanations[ids["right"]]) for n in (0, 1)}

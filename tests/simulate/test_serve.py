@@ -9,7 +9,7 @@ import psutil
 import pytest
 import ray
 from ray import serve
-from ray.exceptions import ActorDiedError, NodeDiedError, ObjectLostError
+from ray.exceptions import ActorDiedError, NodeDiedError, ObjectLostError, OutOfMemoryError
 from ray.serve.context import _get_global_client
 from ray.serve.exceptions import BackPressureError
 from ray.serve.schema import ServeDeploySchema
@@ -216,14 +216,16 @@ async def test_what_is_no_number_in_the_table_is_asked_again(tmp_path):
 
 async def test_a_lost_request_is_sent_again_and_a_wrong_one_is_not(tmp_path, monkeypatch):
     monkeypatch.setattr(client, "FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(client, "ENGINE_PAUSE", 0.001)
     arm = TransformersSimulatorConfig(model="m")
     committer = local_committer(Tables(str(tmp_path)))
 
     async def ask(handle):
         return await tiny_client(tmp_path / "run", arm, handle, committer).remembering()(CANDIDATE)
 
-    flaky = Flaky(ActorDiedError(), BackPressureError(0, 0), NodeDiedError(""), ObjectLostError("", None, ""))
-    assert len(await ask(flaky)) == 2 and flaky.calls == 5
+    lost = ActorDiedError(), BackPressureError(0, 0), NodeDiedError(""), ObjectLostError("", None, "")
+    flaky = Flaky(*lost, OutOfMemoryError("killed by the memory monitor"))
+    assert len(await ask(flaky)) == 2 and flaky.calls == 6
     ill = Flaky(EngineError("device lost"))
     assert len(await ask(ill)) == 2 and ill.calls == 2
     worse = Flaky(*[EngineError("device lost")] * 9)
@@ -350,13 +352,16 @@ def test_a_memo_belongs_to_what_its_values_depend_on(change):
 def test_simulations_read_back_as_they_were_written(tmp_path):
     tables = Tables(str(tmp_path))
     values = np.random.default_rng(0).normal(size=(3, 12)).astype(np.float16)
-    rows = [{"simulator": "s@1", "rule_hash": "r", "sequence_id": i, "log_probs": v} for i, v in enumerate(values)]
-    tables.append("simulations", [*rows, {**rows[0], "simulator": "other@1", "log_probs": values[1][:6]}])
-    read = dict(read_simulations(tables, "s@1", [0, 1, 9]))
-    assert [(key.rule_hash, key.sequence_id) for key in read] == [("r", 0), ("r", 1)]
+    rule = Rule("ships").hash
+    rows = [{"simulator": "s@1", "rule_hash": rule, "sequence_id": i, "log_probs": v} for i, v in enumerate(values)]
+    others = [{**rows[0], "simulator": "other@1", "log_probs": values[1][:6]}, {**rows[0], "rule_hash": "another rule"}]
+    tables.append("simulations", [*rows, *others])
+    asked = [RuleRequest("ships", tuple(TokenSequence(i, ("a", "b")) for i in (0, 1, 9)))]
+    read = dict(read_simulations(tables, "s@1", asked))
+    assert [(key.rule_hash, key.sequence_id) for key in read] == [(rule, 0), (rule, 1)]
     for key, log_probs in read.items():
         np.testing.assert_array_equal(log_probs, values[key.sequence_id])
-    assert not list(read_simulations(tables, "absent@1", [0]))
+    assert not list(read_simulations(tables, "absent@1", asked))
 
 
 @pytest.mark.slow

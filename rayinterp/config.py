@@ -666,8 +666,8 @@ class BudgetConfig(_Section):
     """Price of a GPU-hour; without it GPUs cost no dollars."""
 
 
-SECRET_NAME = re.compile(r"(?<![A-Z])(API)?(KEYS?|TOKEN|SECRET|PASSWORD|PASSWD|PASS|CREDENTIALS?)(?![A-Z])")
-"""Of environment variables, in capitals: what is one of these words, and not what has one within a longer word."""
+SECRET_NAME = re.compile(r"((KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL)S?|(?<![A-Z])PASS)(?![A-Z])")
+"""Of environment variables, in capitals: a word that ends so, and not one that goes on, as TOKENIZERS does."""
 
 
 class JobConfig(_Section):

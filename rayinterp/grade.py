@@ -259,10 +259,12 @@ def run_score(
                     for table in GRADED_TABLES:
                         tables.finish(table, in_use=True)
     finally:
-        if graded:
-            write_graded(tables, graded)
-        if plan.blocks:
-            ray.get(committer.flush.remote())
+        try:
+            if graded:
+                write_graded(tables, graded)
+        finally:
+            if plan.blocks:
+                ray.get(committer.flush.remote())
     for table in (*GRADED_TABLES, "simulations") if plan.blocks else ():
         tables.finish(table)
     statuses = tables.read("scores", ["status"], "control = '' and scorer = 'correlation'")["status"].to_pylist()

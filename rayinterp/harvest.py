@@ -178,6 +178,7 @@ class Harvester:
             "unit": shard,
             "fragments": self._tables.write_fragments("activations", table),
             "num_tokens": token_ids.numel(),
+            "dtype": self._subject.dtype,
         }
 
     def _marker(self, shard: int, token_ids: torch.Tensor, by_sae: dict[str, SparseActivations]) -> pa.Table:
@@ -232,10 +233,31 @@ def check_same_dtype(tables: Tables, dtype: str) -> None:
     notes = tables.read("activations", ["notes"], f"feature = {MARKER}")["notes"].to_pylist()
     before = {note["dtype"] for text in notes[:1] for note in json.loads(text).values()}
     if before - {dtype}:
-        raise UserError(
-            f"this harvest was begun in {before.pop()}, and on this machine subject.dtype and subject.device give "
-            f"{dtype}; go on with hardware of the same kind, or give another run_dir"
-        )
+        raise UserError(_two_dtypes(before.pop(), dtype))
+
+
+class SameDtype:
+    """Refuses the first shard from an actor whose precision is not that of the shards before it: with `auto`, machines
+    of a cluster may differ, and each actor knows its own alone."""
+
+    def __init__(self) -> None:
+        self._dtype = ""
+
+    def __call__(self, result: dict[str, Any]) -> None:
+        """
+        Raises:
+            UserError: names both.
+        """
+        self._dtype = self._dtype or result["dtype"]
+        if result["dtype"] != self._dtype:
+            raise UserError(_two_dtypes(self._dtype, result["dtype"]))
+
+
+def _two_dtypes(before: str, now: str) -> str:
+    return (
+        f"this harvest was begun in {before}, and on another machine subject.dtype and subject.device give {now}; go "
+        "on with hardware of the same kind, or name subject.dtype in another run_dir"
+    )
 
 
 def torch_threads(num_actors: int) -> int:
@@ -287,7 +309,7 @@ def _harvest_shards(
     )
     throughput = Throughput(config.name, "harvest", total - len(left), total)
     throughput.report(progress)
-    for result in tables.stream_commit("activations", results):
+    for result in tables.stream_commit("activations", results, check=SameDtype()):
         throughput.add(1, result["num_tokens"])
         throughput.report(progress)
 

@@ -17,7 +17,7 @@ import json
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -546,11 +546,18 @@ class Tables:
         column, where = _UNIT[table]
         return self.distinct(table, column, where)
 
-    def stream_commit(self, table: str, results: ray.data.Dataset, compact: bool = True) -> Iterator[dict[str, Any]]:
+    def stream_commit(
+        self,
+        table: str,
+        results: ray.data.Dataset,
+        compact: bool = True,
+        check: Callable[[dict[str, Any]], None] = lambda row: None,
+    ) -> Iterator[dict[str, Any]]:
         """Runs a Ray Dataset whose rows carry `unit` and `fragments` (JSON strings) and commits them in groups.
 
         Yields each row once its fragments are visible, so a caller that counts them counts what a crash cannot undo.
-        Without `compact`, every fragment keeps to one unit.
+        Without `compact`, every fragment keeps to one unit. What `check` raises for a row keeps it from being
+        committed.
         """
         committer: Any = (
             ray.remote(FragmentCommitter)
@@ -561,6 +568,7 @@ class Tables:
         )
         waiting: dict[int, dict[str, Any]] = {}
         for row in results.iter_rows():
+            check(row)
             waiting[int(row["unit"])] = row
             for unit in ray.get(committer.add.remote(int(row["unit"]), list(row["fragments"]))):
                 yield waiting.pop(unit)

@@ -8,6 +8,7 @@ import torch
 from rayinterp.errors import UserError
 from rayinterp.harvest import (
     Harvester,
+    SameDtype,
     batch_size,
     check_finite,
     check_reconstruction,
@@ -73,6 +74,14 @@ def test_a_harvest_is_not_gone_on_with_in_another_precision(planted_run):
     check_same_dtype(planted_run.tables, "float32")
     with pytest.raises(UserError, match=r"begun in float32.*give bfloat16"):
         check_same_dtype(planted_run.tables, "bfloat16")
+
+
+def test_the_first_shard_settles_the_precision_of_all():
+    check = SameDtype()
+    for shard in range(3):
+        check({"unit": shard, "dtype": "bfloat16"})
+    with pytest.raises(UserError, match=r"begun in bfloat16.*give float32.*subject\.dtype"):
+        check({"unit": 3, "dtype": "float32"})
 
 
 def test_batches_are_as_many_sequences_as_the_token_budget_holds():

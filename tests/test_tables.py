@@ -112,6 +112,26 @@ def test_stream_commit_yields_rows_only_when_they_are_visible(tmp_path, ray_sess
     assert tables.count("embeddings") == 6
 
 
+def test_a_row_that_does_not_pass_the_check_is_not_committed(tmp_path, ray_session):
+    import ray.data
+
+    tables = Tables(str(tmp_path))
+    tables.create_empty("embeddings")
+
+    def write(item):
+        rows = to_arrow("embeddings", [{"sequence_id": int(item["id"]), "shard": int(item["id"])}])
+        return {"unit": item["id"], "fragments": tables.write_fragments("embeddings", rows)}
+
+    def check(row):
+        if row["unit"] == 1:
+            raise UserError("not this one")
+
+    dataset = ray.data.from_items([{"id": i} for i in range(2)]).map(write)
+    with pytest.raises(UserError, match="not this one"):
+        list(tables.stream_commit("embeddings", dataset, check=check))
+    assert 1 not in tables.finished_units("embeddings")
+
+
 def test_a_unit_that_comes_twice_is_committed_once(tmp_path):
     tables = Tables(str(tmp_path))
     tables.create_empty("embeddings")

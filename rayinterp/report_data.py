@@ -55,6 +55,7 @@ REASONS = {
     "nothing_fires": "nothing fires in the train records",
     "no_budget": "beyond the budget",
     "budget": "cut short by the budget",
+    "time_limit": "cut short by its time limit",
     "stopped": "the search was stopped first",
     "undefined": "a correlation that is not defined",
     "duplicate": "same explanation as another node",
@@ -69,7 +70,7 @@ REASONS = {
 }
 """Statuses in words; one that is missing here is shown as it stands in the table."""
 NODE_REASONS = {"llm_error": "the LLM gave no answer"}
-"""Those that mean something else for a node of a search: nobody tries one again whose search has a winner."""
+"""Those that mean something else for a node of a search: what is tried again is the search."""
 
 
 def reason(status: str | None, of_node: bool = False) -> str:

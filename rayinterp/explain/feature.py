@@ -133,9 +133,11 @@ async def search_feature(
     limit = one.arm.time_limit_seconds if isinstance(one.arm, TreeConfig) else float("inf")
     deadline = time.monotonic() + limit
     while steps := search.ask():
-        if steps[0].action == "propose" and (stopping() or time.monotonic() > deadline):
-            search.stop()
-            break
+        if steps[0].action == "propose":
+            reason = "budget" if stopping() else "time_limit" if time.monotonic() > deadline else None
+            if reason:
+                search.stop(reason)
+                break
         await _take(one, search, steps)
         if on_scored:
             await on_scored(search)

@@ -76,16 +76,18 @@ def explanation_row(
         "num_falsifiers": num_falsifiers,
         "finalists": [node.node for node in nodes if node.final_score is not None],
         "final_scores": [node.final_score for node in nodes if node.final_score is not None],
-        "status": status or _status(nodes, winner is not None),
+        "status": status or _status(search, winner is not None),
         "cost_usd": None if any(cost is None for cost in costs) else sum(c for c in costs if c is not None),
     }
 
 
-def _status(nodes: list[Node], has_winner: bool) -> str:
-    """A search that lacks answers is tried again by the next run, also where a root without an LLM gave it a winner."""
-    if any(node.status == "llm_error" for node in nodes):
+def _status(search: TreeSearch | None, has_winner: bool) -> str:
+    """A search that a budget cut short, or that lacks answers, is tried again by a later run, also where it has a
+    winner; one at the end of its time is not."""
+    cut_by = search.cut_by if search else None
+    if search and cut_by != "budget" and any(node.status == "llm_error" for node in search.nodes):
         return "llm_error"
-    return "ok" if has_winner else "no_explanation"
+    return cut_by or ("ok" if has_winner else "no_explanation")
 
 
 def _chosen_by(winner: Node) -> float | None:

@@ -101,6 +101,8 @@ class TreeSearch:
     falsified: bool = False
     """Whether the frontier of this round has been rescored."""
     finished: bool = False
+    cut_by: str | None = None
+    """`budget` or `time_limit`, where either ended it before its own end."""
 
     def ask(self) -> list[Step]:
         """Steps that wait for an answer; begins the next round when there are none. Empty when the search is over.
@@ -158,9 +160,9 @@ class TreeSearch:
         if not self.to_rescore:
             self.falsified = True
 
-    def stop(self) -> None:
-        """Ends the search after what has been told: a time limit or a budget."""
-        self.finished = True
+    def stop(self, reason: str) -> None:
+        """Ends the search after what has been told; `reason` is kept as `cut_by`."""
+        self.finished, self.cut_by = True, reason
         for node in self.nodes:
             if node.status in _STEP_OF or node.status == "looked":
                 node.status = "stopped"

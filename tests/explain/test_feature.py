@@ -6,10 +6,12 @@ from rayinterp.config import CascadeConfig, FalsifierConfig, HalvingConfig, Lexi
 from rayinterp.explain.evaluator import Evaluation
 from rayinterp.explain.explainer import Outcome
 from rayinterp.explain.feature import Search, prepare_search, search_feature, settings_of
+from rayinterp.explain.rows import explanation_row
 from rayinterp.explanation import Rule
 from rayinterp.subject import FeatureId
 from tests.explain.records import few_records, record
 
+FEATURE = FeatureId("a", 0)
 TREE = TreeConfig(llm="l", simulator="s", num_llm_roots=2, lexical_root=True, width=2, branching_factor=1, depth=2)
 
 
@@ -169,7 +171,8 @@ async def test_one_shot_and_lexical_are_searches_of_one_root():
 async def test_a_time_limit_or_a_stop_keeps_what_there_is():
     hasty = TREE.model_copy(update={"time_limit_seconds": 1e-9})
     search = await search_feature(one(hasty, FakeEvaluator({}), proposer([])))
-    assert {node.status for node in search.nodes} == {"stopped"}
+    assert {node.status for node in search.nodes} == {"stopped"} and search.cut_by == "time_limit"
+    assert explanation_row(FEATURE, ("e", "s"), search)["status"] == "time_limit"
     scored = []
 
     async def on_scored(search):
@@ -179,6 +182,9 @@ async def test_a_time_limit_or_a_stop_keeps_what_there_is():
     search = await search_feature(one(TREE, evaluator, proposer(["good", "x"])), lambda: bool(scored), on_scored)
     assert scored == [0, 1, 2] and search.winner().explanation == (Rule("good", 5),)
     assert {node.status for node in search.nodes[3:]} == {"stopped"}
+    assert explanation_row(FEATURE, ("e", "s"), search)["status"] == "budget"
+    search.cut_by = None
+    assert explanation_row(FEATURE, ("e", "s"), search)["status"] == "ok"
 
 
 async def test_what_others_of_a_round_are_told_is_waited_for_when_one_fails():

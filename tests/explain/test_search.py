@@ -219,8 +219,8 @@ def test_stopping_keeps_the_best_so_far():
     search = TreeSearch(SETTINGS)
     propose_all(search)
     search.scored(1, 0.3, 0.3, "worse")
-    search.stop()
-    assert search.ask() == []
+    search.stop("budget")
+    assert search.ask() == [] and search.cut_by == "budget"
     assert search.winner().node == 1
     assert [node.status for node in search.nodes] == ["stopped", "ok", "stopped"]
 

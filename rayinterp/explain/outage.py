@@ -11,6 +11,9 @@ from collections.abc import Callable
 
 MAX_FAILURES = 5
 """Features in a row that fail without a call answered before an LLM is taken to be down."""
+MAX_TRIES = 3
+"""Of a feature on which calls fail while the LLM answers a plain question; the last one goes on without the answers
+that fail."""
 PAUSE_SECONDS = 20.0
 """Between two attempts while it is."""
 
@@ -36,6 +39,16 @@ class Outage:
     @property
     def down(self) -> bool:
         return self._failures >= MAX_FAILURES
+
+    def lets(self, any_under_way: bool) -> bool:
+        """Whether a feature may be tried now: while the LLM is down one at a time, with pauses; and after a failure
+        before the first answer once all under way have ended, whose answers may be the first."""
+        in_doubt = self.down or (self._failures > 0 and not self.has_answered)
+        return self._clock() >= self.resume_at and not (in_doubt and any_under_way)
+
+    def wait(self) -> None:
+        """Sleeps until one may be tried, a second at most."""
+        time.sleep(min(max(self.resume_at - self._clock(), 0.0), 1.0))
 
     def answered(self, num_calls: int) -> None:
         """Takes note of calls about features that were answered, if any were."""

@@ -12,7 +12,6 @@ otherwise where other texts shared its batches: the few requests whose feedback 
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ import ray
 from rayinterp.config import OneShotConfig, RunConfig, TreeConfig, features_within_calls
 from rayinterp.errors import UserError
 from rayinterp.explain.actor import Connect, Explained, SearchActor, connect, llm_keys
-from rayinterp.explain.outage import Outage
+from rayinterp.explain.outage import MAX_TRIES, Outage
 from rayinterp.explain.rows import arm_ids, explanation_row
 from rayinterp.explain.status import Account, Status
 from rayinterp.progress import Progress, silent
@@ -30,9 +29,6 @@ from rayinterp.retrieve import SharedRetriever
 from rayinterp.subject import FeatureId, interleave
 from rayinterp.tables import Tables, sql_in
 
-MAX_TRIES = 3
-"""Of a feature on which calls fail while the LLM answers a plain question; the last one goes on without the answers
-that fail."""
 MAX_RESTARTS = 100
 """Of a search actor whose process is lost. Its features are tried again without a limit of their own: while an actor is
 being started, tries fail by the second."""
@@ -185,7 +181,7 @@ class _Driver:
             stop = self._over_budget(status.spent.usd)
             if stop:
                 self._stop(queue)
-            while queue and self._may_submit():
+            while queue and self._idle and self._outage.lets(bool(self._running)):
                 self._submit(queue.popleft(), affordable)
             for task, done in self._wait():
                 status.take(done.valid_scores, finished=done.failure is None)
@@ -205,11 +201,6 @@ class _Driver:
             for actor in [*self._actors, *([self._retriever] if self._retriever else [])]:
                 ray.kill(actor)
 
-    def _may_submit(self) -> bool:
-        """While an LLM is down, one feature at a time asks whether it still is."""
-        waited = time.monotonic() >= self._outage.resume_at
-        return bool(self._idle) and waited and not (self._outage.down and self._running)
-
     def _submit(self, task: _Task, affordable: set[FeatureId]) -> None:
         actor, key = self._idle.pop(), str(task.feature)
         is_last_try = task.tries + 1 >= MAX_TRIES
@@ -220,7 +211,7 @@ class _Driver:
     def _wait(self) -> list[tuple[_Task, Explained]]:
         """Tasks that have ended; returns after a moment where none has."""
         if not self._running:
-            time.sleep(min(max(self._outage.resume_at - time.monotonic(), 0.0), 1.0))
+            self._outage.wait()
             return []
         ready, _ = ray.wait(list(self._running), num_returns=1, timeout=1.0)
         if ready:

@@ -4,7 +4,8 @@
        <-- rows of `scores`, which mark the feature as finished --
 
 What is finished is read from `scores`. A feature whose calls failed, or that a budget left out, has rows that say so
-and is tried again by the next run; answers that were paid for are in `llm_calls` and are not asked for again.
+and is tried again by the next run; answers that were paid for are in `llm_calls` and are not asked for again. While an
+LLM is down, features wait for it, up to `resources.max_outage_seconds`.
 """
 
 from __future__ import annotations
@@ -33,8 +34,17 @@ from rayinterp.config import (
     scorer_id,
 )
 from rayinterp.explain.actor import make_client
-from rayinterp.explain.client import Generate, Ledger, LLMError, LLMReply, LLMRequest, api_key, limited
-from rayinterp.explain.outage import MAX_FAILURES
+from rayinterp.explain.client import (
+    Generate,
+    Ledger,
+    LLMError,
+    LLMReply,
+    LLMRequest,
+    api_key,
+    limited,
+    plain_question,
+)
+from rayinterp.explain.outage import MAX_TRIES, Outage
 from rayinterp.explanation import Explanation, wording
 from rayinterp.grade import replace_scores, some_of_each_source
 from rayinterp.grade_plan import (
@@ -222,6 +232,10 @@ class Scored(NamedTuple):
     """LLM calls that were answered now, and not by the ledger."""
     usd: float
     """What they cost."""
+    failed: bool = False
+    """Calls failed that were made."""
+    outage: LLMError | None = None
+    """What a plain question met with then, where that failed too."""
 
 
 class ScorerActor:
@@ -272,7 +286,10 @@ class ScorerActor:
         rows = [{**row, "settings": work.settings} for row in rows]
         if refused:
             rows = [{**row, "status": refused} if row["status"] == "llm_error" else row for row in rows]
-        return Scored(rows, ledger.num_new if ledger else 0, ledger.usd_new if ledger else 0.0)
+        failed = not refused and any(row["status"] == "llm_error" for row in rows)
+        outage = await self._ask_plainly(scorer, work.feature) if failed and isinstance(scorer, JudgeConfig) else None
+        spent = (ledger.num_new, ledger.usd_new) if ledger else (0, 0.0)
+        return Scored(rows, *spent, failed, outage)
 
     def _load(self, feature: FeatureId) -> list[Any]:
         most = self._scorer.max_records
@@ -292,6 +309,15 @@ class ScorerActor:
         shown = questions(records, scorer.num_shown, feature, seed)
         judged = (judge(ledger, llm, scorer, text, shown, feature, seed) for text in descriptions)
         return dict(zip(descriptions, await asyncio.gather(*judged), strict=True))
+
+    async def _ask_plainly(self, scorer: JudgeConfig, feature: FeatureId) -> LLMError | None:
+        """Why a plain question is not answered, if it is not; neither ledger nor account hears of it."""
+        assert self._services.generate is not None, "no LLM"
+        try:
+            await self._services.generate(plain_question(self._config.llms[scorer.llm], 0.0), str(feature))
+        except LLMError as error:
+            return error
+        return None
 
     def _compare(self, records: list[Any], descriptions: list[str]) -> dict[str, Answers]:
         assert self._services.embed is not None, "no encoder"
@@ -360,28 +386,40 @@ def _run_scorer(
     """One scorer; returns the dollars spent by now."""
     actors, idle = start_actors(config, tables, plan, committer, connect)
     asks_llm = isinstance(config.score.scorers[plan.name], JudgeConfig)
-    queue, running = deque(plan.work), {}
+    queue, running = deque((work, 0) for work in plan.work), {}
     done, total = plan.num_finished, plan.num_finished + len(plan.work)
     waiting: list[dict[str, Any]] = []
-    last_write, num_failures = time.monotonic(), 0
-    refused: str | None = None
+    last_write, refused = time.monotonic(), None
+    outage = Outage(_has_answered(config, tables, plan), config.resources.max_outage_seconds)
     progress(done, total, plan.name)
     try:
         while queue or running or waiting:
             if asks_llm and over_budget(usd) is not None:
                 refused = "no_budget"
-            elif num_failures >= MAX_FAILURES:
-                refused = "llm_error"
-            while queue and idle:
-                actor = idle.pop()
-                running[actor.score.options(max_task_retries=-1).remote(queue.popleft(), refused)] = actor
+            while queue and idle and (refused or outage.lets(bool(running))):
+                (work, tries), actor = queue.popleft(), idle.pop()
+                running[actor.score.options(max_task_retries=-1).remote(work, refused)] = work, tries, actor
+            if not running:
+                outage.wait()
             ready, _ = ray.wait(list(running), num_returns=1, timeout=1.0) if running else ([], [])
             for reference in ready:
-                idle.append(running.pop(reference))
+                work, tries, actor = running.pop(reference)
+                idle.append(actor)
                 scored = ray.get(reference)
-                usd, done = usd + scored.usd, done + 1
-                failed = any(row["status"] == "llm_error" for row in scored.rows)
-                num_failures = num_failures + 1 if failed and not scored.num_answered else 0
+                usd += scored.usd
+                outage.answered(scored.num_answered)
+                if scored.failed and not refused:
+                    ray.get(committer.flush.remote())  # so that the next try finds what this one was told
+                    if outage.has_answered and not scored.outage:  # on what this feature asked alone
+                        outage.is_up()
+                        tries += 1
+                    elif outage.failed(scored.outage is None or scored.outage.transient):
+                        refused = "llm_error"
+                    if tries < MAX_TRIES:
+                        queue.append((work, tries))
+                        progress(done, total, f"{plan.name}, no LLM" if outage.down else plan.name)
+                        continue
+                done += 1
                 waiting += scored.rows
             if waiting and (not (queue or running) or time.monotonic() - last_write > COMMIT_SECONDS):
                 ray.get(committer.flush.remote())  # what a score rests on is durable before it
@@ -392,6 +430,12 @@ def _run_scorer(
         for actor in actors:
             ray.kill(actor)
     return usd
+
+
+def _has_answered(config: RunConfig, tables: Tables, plan: ScorerPlan) -> bool:
+    """Whether the LLM that a scorer asks, if any, has ever answered in this run directory."""
+    scorer = config.score.scorers[plan.name]
+    return isinstance(scorer, JudgeConfig) and config.llms[scorer.llm].model in tables.distinct("llm_calls", "model")
 
 
 def start_actors(

@@ -53,3 +53,25 @@ def test_a_plain_answer_ends_an_outage_and_says_nothing_of_the_explainers():
     assert not one.failed(transient=True) and not one.down and not one.has_answered
     one.answered(1)
     assert one.has_answered
+
+
+def test_while_it_is_down_one_feature_at_a_time_is_tried_after_a_pause():
+    one, clock = outage()
+    assert one.lets(any_under_way=True)
+    for _ in range(MAX_FAILURES):
+        one.failed(transient=True)
+    assert not one.lets(any_under_way=False)
+    clock.now += PAUSE_SECONDS
+    assert one.lets(any_under_way=False) and not one.lets(any_under_way=True)
+    one.is_up()
+    assert one.lets(any_under_way=True)
+
+
+def test_before_the_first_answer_a_failure_waits_for_what_is_under_way():
+    one, _ = outage(has_answered=False)
+    assert one.lets(any_under_way=True)
+    one.failed(transient=True)
+    assert one.lets(any_under_way=False) and not one.lets(any_under_way=True)
+    one.answered(1)
+    one.failed(transient=True)
+    assert one.lets(any_under_way=True)

@@ -1,6 +1,7 @@
 """The scorers on the planted run: what they find, what they pay for, and what they do when calls fail."""
 
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,14 @@ from rayinterp.explain.client import LLMError, LLMReply
 from rayinterp.explain.rows import arm_ids
 from rayinterp.explanation import Rule, to_json, wording
 from rayinterp.planted import RULES, fires
+from rayinterp.prompts import PLAIN_QUESTION
 from rayinterp.scorers.runner import Services, plan_scorers, run_scorers, texts_of
 from rayinterp.scorers.values import Graded
 from rayinterp.simulate.simulator import CONTROL_NULLS
 from rayinterp.subject import FeatureId
 from rayinterp.tables import Committer, Tables
 from tests.conftest import copy_upstream, planted_config
+from tests.tables_equal import assert_tables_equal
 
 ASKS = (
     "score.scorers.detection={method: detection, llm: knows}",
@@ -30,6 +33,7 @@ SURPRISAL = (
     "score.scorers.surprisal={method: surprisal, simulator: reader}",
 )
 EMBEDDING = ("score.scorers.embedding={method: embedding}",)
+ONE_ACTOR = "resources.search={num_actors: 1, num_cpus: 1}"
 SOURCES = {"similar_negative", "random_negative", "rule_negative"}
 DOLLAR = ("llms.knows.usd_per_million_prompt_tokens=1e6", "llms.knows.usd_per_million_completion_tokens=0")
 """A call."""
@@ -47,19 +51,28 @@ def strongest(description: str, text: str) -> float:
 class Fakes:
     """Picklable: an LLM that knows what planted rules mean, a model that reads texts, and a bill of what is asked."""
 
-    def __init__(self, bill: Path, fails: str = "", mumbles: str = "", tried: Path | None = None):
+    def __init__(
+        self, bill: Path, fails: str = "", mumbles: str = "", tried: Path | None = None, down: tuple[int, int] = (0, 0)
+    ):
         """
         Args:
             fails, mumbles: Features on which calls fail, and on which answers do not parse.
             tried: Takes the features on which they failed.
+            down: Calls that are answered before the LLM goes down, and those that it then refuses, of all kinds.
         """
-        self.bill, self.fails, self.mumbles, self.tried = bill, fails, mumbles, tried
+        self.bill, self.fails, self.mumbles, self.tried, self.down = bill, fails, mumbles, tried, down
+        self.asked = 0
 
     def __call__(self, config, tables, committer, name, key):
         return Services(self.generate, self.losses)
 
     async def generate(self, request, feature_key):
-        if re.fullmatch(self.fails, feature_key):
+        self.asked += 1
+        refuses = self.down[0] < self.asked <= sum(self.down)
+        is_plain = request.messages == (PLAIN_QUESTION,)
+        if is_plain and not refuses and self.fails != ".*":
+            return LLMReply("ok", "stop", 1, 1)
+        if refuses or re.fullmatch(self.fails, feature_key):
             if self.tried:
                 with self.tried.open("a") as file:
                     file.write(feature_key + "\n")
@@ -175,13 +188,38 @@ def test_a_failed_call_is_a_row_and_is_made_good_by_the_next_run(copied, tmp_pat
 
 
 def test_an_llm_that_answers_nobody_is_given_up_after_a_few_features(copied, tmp_path, monkeypatch):
-    monkeypatch.setattr("rayinterp.scorers.runner.MAX_FAILURES", 2)
+    monkeypatch.setattr("rayinterp.explain.outage.MAX_FAILURES", 2)
     tried = tmp_path / "tried"
     services = Fakes(tmp_path / "bill", fails=".*", tried=tried)
     counts, tables, _ = score(copied, services, ASKS[2], "resources.searches_per_actor=1")
     assert counts == {"intruder llm_error": 3 * 3}
     assert len(set(tried.read_text().split())) == 2
     assert not tables.count("scores", "value is not null")
+
+
+@pytest.mark.parametrize("refused", [150, 400])
+def test_an_outage_is_waited_out_and_leaves_no_trace(refused, copied, tmp_path, monkeypatch):
+    monkeypatch.setattr("rayinterp.explain.outage.PAUSE_SECONDS", 0.2)
+    undisturbed, bill, tried = tmp_path / "undisturbed", tmp_path / "bill", tmp_path / "tried"
+    shutil.copytree(copied, undisturbed)
+    score(undisturbed, Fakes(tmp_path / "another"), ASKS[2], ONE_ACTOR)
+    counts, tables, _ = score(copied, Fakes(bill, tried=tried, down=(5, refused)), ASKS[2], ONE_ACTOR)
+    assert not any("llm_error" in status for status in counts)
+    assert len(tried.read_text().split()) == refused
+    assert_tables_equal(Tables(str(undisturbed)), tables, ["scores", "llm_calls"])
+    paid = bill.read_text().split()
+    assert len(paid) == len(set(paid))
+
+
+def test_an_outage_that_lasts_too_long_leaves_the_rest_for_the_next_run(copied, tmp_path, monkeypatch):
+    monkeypatch.setattr("rayinterp.explain.outage.PAUSE_SECONDS", 0.2)
+    bill, patience = tmp_path / "bill", "resources.max_outage_seconds=1"
+    counts, _, _ = score(copied, Fakes(bill, down=(8, 10**6)), ASKS[2], patience, ONE_ACTOR)
+    assert counts["intruder llm_error"] and len(bill.read_text().split()) == 8
+    counts, tables, config = score(copied, Fakes(bill), ASKS[2], patience, ONE_ACTOR)
+    assert set(values(tables, config, "intruder", "random_negative").values()) == {1.0}
+    paid = bill.read_text().split()
+    assert len(paid) == len(set(paid)) and not any("llm_error" in status for status in counts)
 
 
 def test_answers_that_do_not_parse_are_counted(copied, tmp_path):

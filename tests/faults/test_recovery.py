@@ -23,7 +23,7 @@ from tests.faults.disturbed import FAULTS
 from tests.s3_server import s3_server
 from tests.tables_equal import assert_tables_equal
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
 
 HARVESTED = ("activations", "saes", "features", "records", "record_counts", "holistic")
 """What is made again where the harvest is struck; what it reads, and the embeddings, are copied."""
@@ -62,7 +62,7 @@ def start(folder: str, fault: str, stages: list[str], **environment: str) -> sub
     return subprocess.Popen(command, env=kept | environment, start_new_session=True, text=True, **pipes)
 
 
-def end(process: subprocess.Popen[str], seconds: float = 300) -> tuple[int, str, str]:
+def end(process: subprocess.Popen[str], seconds: float = 600) -> tuple[int, str, str]:
     """Its code, what it printed, and how it says that it ended; one that hangs is killed with its cluster."""
     try:
         printed, said = process.communicate(timeout=seconds)

@@ -255,8 +255,8 @@ class SameDtype:
 
 def _two_dtypes(before: str, now: str) -> str:
     return (
-        f"this harvest was begun in {before}, and on another machine subject.dtype and subject.device give {now}; go "
-        "on with hardware of the same kind, or name subject.dtype in another run_dir"
+        f"this harvest was begun in {before}, and subject.dtype and subject.device give {now} on a machine that goes "
+        "on with it; take hardware of the same kind, or name subject.dtype in another run_dir"
     )
 
 

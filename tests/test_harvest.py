@@ -9,6 +9,7 @@ from rayinterp.errors import UserError
 from rayinterp.harvest import (
     Harvester,
     SameDtype,
+    _harvest_shards,
     batch_size,
     check_finite,
     check_reconstruction,
@@ -19,6 +20,7 @@ from rayinterp.harvest import (
 )
 from rayinterp.planted import FEATURES, VOCABULARY, fires
 from rayinterp.postings import ACCURACY, MARKER, QUANTILES
+from rayinterp.progress import silent
 from rayinterp.subject import SubjectCheck, sparsify
 from rayinterp.tables import Tables
 from tests.conftest import planted_config
@@ -82,6 +84,15 @@ def test_the_first_shard_settles_the_precision_of_all():
         check({"unit": shard, "dtype": "bfloat16"})
     with pytest.raises(UserError, match=r"begun in bfloat16.*give float32.*subject\.dtype"):
         check({"unit": 3, "dtype": "float32"})
+
+
+def test_a_shard_of_another_precision_ends_the_harvest(tmp_path, ray_session, monkeypatch):
+    import ray.data
+
+    results = [{"unit": n, "fragments": ["{}"], "num_tokens": 1, "dtype": d} for n, d in enumerate(["a", "b"])]
+    monkeypatch.setattr("rayinterp.harvest.map_units", lambda *given: ray.data.from_items(results))
+    with pytest.raises(UserError, match=r"begun in a, .* give b"):
+        _harvest_shards(planted_config(tmp_path), Tables(str(tmp_path)), [], {}, [0, 1], 2, silent)
 
 
 def test_batches_are_as_many_sequences_as_the_token_budget_holds():

@@ -205,7 +205,7 @@ class SearchActor:
                 answered = sum(ledger.num_new for ledger in ledgers.values())
                 left, message = arms[place:], str(failure.args[0])
                 return Explained(best, answered, left, message, failure.transient, failure.llm_answers)
-            row = explanation_row(feature, ids, search, None, len(one.evaluator.falsifiers))
+            row = explanation_row(feature, ids, search, num_falsifiers=len(one.evaluator.falsifiers))
             await self._commit(commit.rest(search), row)
             best += [] if row["valid_score"] is None else [row["valid_score"]]
         return Explained(best, sum(ledger.num_new for ledger in ledgers.values()))

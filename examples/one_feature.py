@@ -16,11 +16,12 @@ from rayinterp import embedded
 from rayinterp.corpus import split_of, stable_hash
 from rayinterp.explain.lexical import lexical_explanation
 from rayinterp.explanation import MAX_STRENGTH, render
+from rayinterp.feature_id import FeatureId
 from rayinterp.records import ActivationRecord
 from rayinterp.score import evaluate
 from rayinterp.simulate.late_interaction import LateInteractionSimulator
 from rayinterp.simulate.simulator import TokenSequence, rules_to_requests
-from rayinterp.subject import FeatureId, LanguageModelSubject, SaeSource
+from rayinterp.subject import LanguageModelSubject, SaeSource
 
 NUM_DOCUMENTS, LENGTH, WINDOWS = 60, 32, 6
 

@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
-    "FeatureId": "rayinterp.subject",
+    "FeatureId": "rayinterp.feature_id",
     "Rule": "rayinterp.explanation",
     "RunConfig": "rayinterp.config",
     "Tables": "rayinterp.tables",

@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rayinterp.explanation import MAX_STRENGTH, Explanation
+from rayinterp.feature_id import FeatureId
 from rayinterp.records import ActivationRecord
 from rayinterp.score import evaluate
-from rayinterp.subject import FeatureId
 
 ENOUGH = 0.95
 """Share of the whole explanation's correlation at which fewer rules will do."""

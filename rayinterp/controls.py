@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from rayinterp.feature_id import FeatureId
 from rayinterp.records import ActivationRecord
 from rayinterp.simulate.simulator import RuleRequest, TokenSequence
 from rayinterp.sources import generator_for
-from rayinterp.subject import FeatureId
 
 if TYPE_CHECKING:
     from jaxtyping import Float

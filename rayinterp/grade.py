@@ -19,6 +19,7 @@ from rayinterp import rule_negatives
 from rayinterp.complexity import complexity_rows, measure_predictions
 from rayinterp.config import LLMSimulatorConfig, RunConfig, arm_id
 from rayinterp.controls import TokenLookupSimulator
+from rayinterp.feature_id import FeatureId
 from rayinterp.grade_plan import TRIED_AGAIN, FeatureWork, ScorePlan, graded_sources, score_row, unscored_rows
 from rayinterp.progress import Progress, silent
 from rayinterp.records import ActivationRecord, load_records
@@ -33,7 +34,6 @@ from rayinterp.score import (
 from rayinterp.simulate.client import SimulatorClient
 from rayinterp.simulate.simulator import CONTROL_NULLS, RuleRequest, combine
 from rayinterp.sources import generator_for, spread
-from rayinterp.subject import FeatureId
 from rayinterp.tables import COMMIT_SECONDS, COMMITS_BETWEEN_COMPACTIONS, Tables, sql_in
 
 GRADED_TABLES = ("scores", "complexity", "predictions")

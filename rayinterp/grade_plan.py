@@ -13,10 +13,10 @@ from rayinterp.complexity import OF_PREDICTIONS
 from rayinterp.config import LLMSimulatorConfig, RunConfig, arm_id
 from rayinterp.controls import by_sae, shuffled_features
 from rayinterp.explanation import Explanation, from_json
+from rayinterp.feature_id import FeatureId, interleave
 from rayinterp.retrieve import RULE_NEGATIVE
 from rayinterp.score import SCORERS
 from rayinterp.simulate.simulator import CONTROL_NULLS, NULL_EXPLANATIONS
-from rayinterp.subject import FeatureId, interleave
 from rayinterp.tables import Tables, sql_in
 
 BLOCK = 4

@@ -9,7 +9,6 @@ Batches never cross a shard, so the numbers do not depend on how many actors the
 from __future__ import annotations
 
 import json
-import os
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -23,7 +22,8 @@ import torch
 from rayinterp import embedded, planted
 from rayinterp.config import PLANTED, FeatureRange, RunConfig
 from rayinterp.errors import UserError
-from rayinterp.pools import map_units
+from rayinterp.planted_subject import PlantedSubject
+from rayinterp.pools import map_units, torch_threads
 from rayinterp.postings import (
     MARKER,
     STATISTICS,
@@ -94,7 +94,7 @@ def load_subject(config: RunConfig, sources: list[SaeSource], features: dict[str
     """The subject that the config names, ready to run."""
     subject = config.subject
     if subject.model in PLANTED:
-        return planted.PlantedSubject(planted.WORLDS[subject.model], features)
+        return PlantedSubject(planted.WORLDS[subject.model], features)
     return LanguageModelSubject(
         embedded.resolve(subject.model),
         sources,
@@ -258,11 +258,6 @@ def _two_dtypes(before: str, now: str) -> str:
         f"this harvest was begun in {before}, and subject.dtype and subject.device give {now} on a machine that goes "
         "on with it; take hardware of the same kind, or name subject.dtype in another run_dir"
     )
-
-
-def torch_threads(num_actors: int) -> int:
-    """Torch threads for one of `num_actors` on this machine: Ray would give each actor a single one."""
-    return max(1, (os.cpu_count() or 1) // num_actors)
 
 
 def run_harvest(

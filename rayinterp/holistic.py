@@ -11,21 +11,20 @@ import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyarrow as pa
 import torch
 
 from rayinterp.config import RunConfig
 from rayinterp.errors import UserError
-from rayinterp.harvest import batch_size, load_subject, torch_threads
-from rayinterp.pools import map_units
+from rayinterp.feature_id import FeatureId
+from rayinterp.harvest import batch_size, load_subject
+from rayinterp.pools import map_units, torch_threads
 from rayinterp.progress import Progress, Throughput, silent
 from rayinterp.saes import SaeSource
-from rayinterp.subject import FeatureId
 from rayinterp.tables import SCHEMAS, Tables, sql_in
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    pass
 
 CHUNK = 32
 """Sequences computed together: the unit of work and of resumption."""
@@ -98,12 +97,6 @@ class HolisticHarvester:
             "fragments": self._tables.write_fragments("holistic", table),
             "num_tokens": token_ids.numel(),
         }
-
-
-def read_holistic(tables: Tables, feature: FeatureId) -> dict[int, Float[np.ndarray, "seq"]]:
-    """A feature's holistic activations by sequence, one value a token, in the SAE's own units."""
-    rows = tables.read("holistic", ["sequence_id", "values"], f"feature_key = '{feature}'").to_pylist()
-    return {row["sequence_id"]: np.asarray(row["values"], dtype=np.float32) for row in rows}
 
 
 def run_holistic(

@@ -16,9 +16,8 @@ import pyarrow as pa
 from rayinterp import embedded
 from rayinterp.config import IndexConfig, RunConfig
 from rayinterp.errors import UserError
-from rayinterp.harvest import torch_threads
 from rayinterp.nearest import Hits, VectorBlock, exact_search, index_search
-from rayinterp.pools import map_units
+from rayinterp.pools import map_units, torch_threads
 from rayinterp.progress import Progress, silent
 from rayinterp.sources import SPLITS, Corpus
 from rayinterp.tables import Tables, VectorIndex, embeddings_schema

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -124,5 +123,7 @@ def _top(similarity: Float[np.ndarray, "q n"], columns: Int[np.ndarray, "m"], k:
     """Which of some columns are the k largest of each row, in no order."""
     if len(columns) <= k:
         return np.broadcast_to(np.arange(len(columns)), (len(similarity), len(columns)))
+    import torch  # seconds, which every worker that knows of records would pay
+
     chosen = torch.from_numpy(similarity)[:, torch.from_numpy(columns)]  # torch's top-k takes half of numpy's time
     return torch.topk(chosen, k, dim=1, sorted=False).indices.numpy()

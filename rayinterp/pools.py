@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
-import ray.data
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayinterp.config import PoolResources
+
+if TYPE_CHECKING:
+    import ray.data
 
 
 def map_units(
@@ -24,6 +27,8 @@ def map_units(
     Args:
         at_once: Units that one actor has in hand, each in a thread of its own.
     """
+    import ray.data  # a second, which every worker of a run would pay
+
     results = ray.data.from_items(list(units), override_num_blocks=len(units)).map(
         worker,  # pyright: ignore[reportArgumentType]
         fn_constructor_args=arguments,
@@ -38,6 +43,11 @@ def map_units(
     )
     results.set_name(worker.__name__)  # on Ray's dashboard
     return results
+
+
+def torch_threads(num_actors: int) -> int:
+    """Torch threads for one of `num_actors` on this machine: Ray would give each actor a single one."""
+    return max(1, (os.cpu_count() or 1) // num_actors)
 
 
 def beside_driver(soft: bool = False) -> NodeAffinitySchedulingStrategy:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -27,24 +26,31 @@ def learn_projection(
     """The projection, or None where there are too few examples."""
     if len(positives) < MIN_POSITIVES or len(silent) < MIN_POSITIVES:
         return None
+    import torch  # seconds, which every worker that knows of records would pay
+
     d = positives.shape[1]
     start = generator.normal(0, d**-0.5, (d, min(DIM, d)))
     weight = torch.tensor(start, dtype=torch.float32, requires_grad=True)
     optimizer = torch.optim.Adam([weight], lr=LEARNING_RATE)
     active, other = torch.from_numpy(positives).float(), torch.from_numpy(silent).float()
-    for _ in range(NUM_STEPS):
-        pairs = np.stack([generator.choice(len(positives), 2, replace=False) for _ in range(BATCH)])
-        negatives = generator.integers(len(silent), size=BATCH)
-        anchor, partner, against = (
-            torch.nn.functional.normalize(rows @ weight, dim=-1)
-            for rows in (active[pairs[:, 0]], active[pairs[:, 1]], other[negatives])
-        )
-        own = (anchor * partner).sum(-1, keepdim=True)
-        logits = torch.cat([own, anchor @ against.T], dim=1) / TEMPERATURE
-        loss = torch.nn.functional.cross_entropy(logits, torch.zeros(BATCH, dtype=torch.long))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # what is learned must not depend on the machine's cores
+    try:
+        for _ in range(NUM_STEPS):
+            pairs = np.stack([generator.choice(len(positives), 2, replace=False) for _ in range(BATCH)])
+            negatives = generator.integers(len(silent), size=BATCH)
+            anchor, partner, against = (
+                torch.nn.functional.normalize(rows @ weight, dim=-1)
+                for rows in (active[pairs[:, 0]], active[pairs[:, 1]], other[negatives])
+            )
+            own = (anchor * partner).sum(-1, keepdim=True)
+            logits = torch.cat([own, anchor @ against.T], dim=1) / TEMPERATURE
+            loss = torch.nn.functional.cross_entropy(logits, torch.zeros(BATCH, dtype=torch.long))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    finally:
+        torch.set_num_threads(threads)
     return weight.detach().numpy()
 
 

@@ -15,11 +15,11 @@ import numpy as np
 from rayinterp.complexity import RATING, Measure, complexity_rows, mean_rating, rows_of_words
 from rayinterp.config import RunConfig, arm_id
 from rayinterp.explanation import Explanation
+from rayinterp.feature_id import FeatureId
 from rayinterp.grade_plan import read_explained
 from rayinterp.prompts import abstractness_messages
 from rayinterp.simulate.client import SimulatorClient
 from rayinterp.simulate.simulator import expected_value
-from rayinterp.subject import FeatureId
 from rayinterp.tables import Tables, sql_in
 
 BATCH = 512

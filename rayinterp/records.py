@@ -14,22 +14,22 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import ray
-import torch
 
 from rayinterp import planted
 from rayinterp.config import RecordsConfig, RunConfig
 from rayinterp.corpus import Tokenizer, load_tokenizer
 from rayinterp.explanation import MAX_STRENGTH
+from rayinterp.feature_id import FeatureId
 from rayinterp.index import TableVectors
 from rayinterp.progress import Progress, silent
-from rayinterp.saes import SaeSource, decoder_directions
 from rayinterp.simulate.simulator import TokenSequence
 from rayinterp.sources import SPLITS, Activity, Choices, Corpus, Neighbour, choose_block, nearest_directions
-from rayinterp.subject import FeatureId
 from rayinterp.tables import Tables, sql_in
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
+
+    from rayinterp.saes import SaeSource
 
 BLOCK = 256
 """Features per Ray task: a block's posting lists are read once, and its queries share one pass over the vectors, of
@@ -159,6 +159,12 @@ def load_records(tables: Tables, feature: FeatureId, splits: Sequence[str]) -> d
     return records
 
 
+def read_holistic(tables: Tables, feature: FeatureId) -> dict[int, Float[np.ndarray, "seq"]]:
+    """A feature's holistic activations by sequence, one value a token, in the SAE's own units."""
+    rows = tables.read("holistic", ["sequence_id", "values"], f"feature_key = '{feature}'").to_pylist()
+    return {row["sequence_id"]: np.asarray(row["values"], dtype=np.float32) for row in rows}
+
+
 def displayed(activations: Float[np.ndarray, "seq"]) -> list[int]:
     """What an LLM is shown: 0 for an exact zero, else 1-5, so that a weak activation is never hidden."""
     return [0 if a == 0 else min(max(round(a), 1), MAX_STRENGTH) for a in activations.tolist()]
@@ -210,7 +216,6 @@ def block_records(
     config: RunConfig,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows of `records` and `record_counts` for a block of (feature, status)."""
-    torch.set_num_threads(1)  # what a projection learns must not depend on the machine's cores
     live = [feature for feature, status in block if status == "live"]
     activities = read_activities(tables, live, corpus)
     close = sorted({n.feature for feature in live for n in neighbours.get(feature, ())} - set(live))
@@ -236,6 +241,8 @@ def decoder_neighbours(
     Args:
         model: The subject, whose SAEs need not be loaded where it is a planted one.
     """
+    from rayinterp.saes import decoder_directions  # torch takes seconds, which every reader of records would pay
+
     if not sources:  # planted
         world = planted.WORLDS[model]
         directions = {sae: planted.decoder_directions(world, sae, of) for sae, of in features.items()}

@@ -17,11 +17,11 @@ import numpy as np
 
 from rayinterp.config import RunConfig
 from rayinterp.corpus import load_tokenizer
+from rayinterp.feature_id import FeatureId
 from rayinterp.index import TableVectors, check_dimension, embedder_path
 from rayinterp.records import ActivationRecord, load_corpus, read_places, read_sequences, shard_order
 from rayinterp.simulate.simulator import TokenSequence
 from rayinterp.sources import SPLITS
-from rayinterp.subject import FeatureId
 from rayinterp.tables import Tables
 
 RULE_NEGATIVE = "rule_negative"

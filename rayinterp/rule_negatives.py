@@ -17,11 +17,11 @@ from ray.util import ActorPool
 from rayinterp.config import RunConfig
 from rayinterp.corpus import load_tokenizer, stable_hash
 from rayinterp.explanation import Explanation, claims
+from rayinterp.feature_id import FeatureId
 from rayinterp.progress import Progress, silent
 from rayinterp.records import ActivationRecord, read_sequences
 from rayinterp.retrieve import Found, Retriever, SilentRequest, silent_record
 from rayinterp.sources import Ranked, spread
-from rayinterp.subject import FeatureId
 from rayinterp.tables import Tables, sql_in
 
 BLOCK = 64

@@ -14,12 +14,12 @@ from rich.text import Text
 from rayinterp.config import RunConfig
 from rayinterp.errors import UserError
 from rayinterp.explanation import render
+from rayinterp.feature_id import FeatureId
 from rayinterp.records import load_records
 from rayinterp.report import fixed, interval
 from rayinterp.report_cards import NUM_LEVELS, Card, Cards, ExplanationView, RecordView, Span, read_run, spans, visible
 from rayinterp.report_data import Score, arm_labels, order_of, reason, score_book
 from rayinterp.sources import SPLITS
-from rayinterp.subject import FeatureId
 from rayinterp.tables import Tables, sql_in
 
 _TRUE, _SIMULATED = (240, 140, 0), (50, 120, 235)

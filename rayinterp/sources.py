@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 import numpy as np
 
 from rayinterp.config import RecordsConfig
+from rayinterp.feature_id import FeatureId
 from rayinterp.nearest import Hits
 from rayinterp.projection import learn_projection, projected_similarity
-from rayinterp.subject import FeatureId
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

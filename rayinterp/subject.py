@@ -13,12 +13,11 @@ import importlib.util
 import inspect
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
-import transformers  # its parts load when they are named: workers that want a FeatureId do not wait for models
+import transformers
 
 from rayinterp.errors import UserError
 from rayinterp.hook_points import HookPoint, normalized, parse_hook_point
@@ -28,42 +27,6 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 Quantization = Literal["none", "8bit", "4bit"]
-
-
-@dataclass(frozen=True, order=True)
-class FeatureId:
-    """One latent of one SAE.
-
-    Example:
-        `str(FeatureId("layer_12", 4711)) == "layer_12/4711"`
-    """
-
-    sae: str
-    index: int
-
-    def __str__(self) -> str:
-        return f"{self.sae}/{self.index}"
-
-    @classmethod
-    def parse(cls, text: str) -> FeatureId:
-        """Reads what `str` wrote.
-
-        Raises:
-            UserError: the text is not `sae/index`.
-        """
-        sae, slash, index = text.rpartition("/")
-        if not slash or not sae or not index.isdigit():
-            raise UserError(f"feature {text!r} is not of the form sae/index, e.g. layer_12/4711")
-        return cls(sae, int(index))
-
-
-def interleave(features: list[FeatureId]) -> list[FeatureId]:
-    """Features of all SAEs in turn, so that a budget reaches each of them."""
-    seen: dict[str, int] = {}
-    place: dict[FeatureId, int] = {}
-    for feature in features:
-        place[feature] = seen[feature.sae] = seen.get(feature.sae, -1) + 1
-    return sorted(features, key=lambda feature: (place[feature], feature.sae))
 
 
 class SparseActivations(NamedTuple):

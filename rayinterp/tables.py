@@ -22,15 +22,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import lance
 import pyarrow as pa
 import pyarrow.compute as pc
-import ray.data
+import ray
 
 from rayinterp.errors import UserError
 from rayinterp.pools import beside_driver
+
+if TYPE_CHECKING:
+    import ray.data
 
 COMMITS_BETWEEN_COMPACTIONS = 100
 """A committer compacts a table after so many commits."""

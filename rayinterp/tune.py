@@ -27,10 +27,10 @@ from rayinterp.errors import UserError
 from rayinterp.explain.actor import Connect, SearchActor, connect, llm_keys
 from rayinterp.explain.rows import arm_ids
 from rayinterp.explain.runner import arms_left, live_features, start_retriever
+from rayinterp.feature_id import FeatureId
 from rayinterp.preflight import prepare
 from rayinterp.progress import Progress, silent
 from rayinterp.run import deploy, open_run, run_stage, start_committer
-from rayinterp.subject import FeatureId
 from rayinterp.tables import Tables
 
 SPACE: dict[str, list[Any]] = {

@@ -96,7 +96,7 @@ def test_a_rater_must_be_an_arm_that_can_rate(name, says, tmp_path):
 
 
 def test_rows_fit_the_table(tmp_path):
-    from rayinterp.subject import FeatureId
+    from rayinterp.feature_id import FeatureId
 
     tables = Tables(str(tmp_path))
     rows = complexity_rows(FeatureId("a", 1), "e@1", "s@1", measured(MAIN))

@@ -1,9 +1,9 @@
 import numpy as np
 
 from rayinterp.controls import TokenLookupSimulator, by_sae, shuffled_features
+from rayinterp.feature_id import FeatureId
 from rayinterp.records import ActivationRecord
 from rayinterp.simulate.simulator import CONTROL_NULLS, NULL_EXPLANATIONS, RuleRequest, TokenSequence
-from rayinterp.subject import FeatureId
 
 
 def record(token_ids, activations):

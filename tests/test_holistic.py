@@ -1,9 +1,8 @@
 import numpy as np
 
 from rayinterp.explain.explainer import first_messages
-from rayinterp.holistic import read_holistic
-from rayinterp.records import load_records
-from rayinterp.subject import FeatureId
+from rayinterp.feature_id import FeatureId
+from rayinterp.records import load_records, read_holistic
 
 
 def test_a_features_holistic_activations_are_read_by_sequence(planted_run):

@@ -10,9 +10,9 @@ import rayinterp
 ROOT = Path(rayinterp.__file__).parent
 
 ORDER = [
-    "errors", "progress", "config", "pools", "tables", "explanation", "embedded", "prompts", "simulate.simulator",
-    "usage", "share", "plan", "plan_table",
-    "hook_points", "saes", "subject", "planted_language", "planted",
+    "errors", "feature_id", "progress", "config", "pools", "tables", "explanation", "embedded", "prompts",
+    "simulate.simulator", "usage", "share", "plan", "plan_table",
+    "hook_points", "saes", "subject", "planted_language", "planted", "planted_subject",
     "documents", "corpus", "postings", "harvest", "nearest", "projection",
     "sources", "index", "sizes", "records", "retrieve", "holistic", "score", "complexity", "controls", "simulate",
     "explain", "rule_negatives", "grade_plan", "grade", "rating", "scorers",
@@ -98,6 +98,15 @@ for name in {names!r}:
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
+
+
+def test_workers_without_a_model_wait_for_none():
+    heavy = {"torch", "transformers", "openai", "ray.data", "lancedb", "lance_ray", "sentence_transformers", "sae_lens"}
+    rooms = ["corpus", "records", "explain.actor", "explain.rows", "grade", "rule_negatives", "scorers.runner"]
+    for room in rooms:
+        code = f"import rayinterp.{room}, sys; print(*{heavy!r} & set(sys.modules))"
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert result.stdout == "\n", room
 
 
 def test_the_public_surface_is_the_chosen_list():

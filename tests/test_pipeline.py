@@ -176,11 +176,11 @@ def test_a_failing_llm_is_an_error_and_its_features_are_left_for_the_next_run(pl
 
 
 def test_a_source_without_records_has_a_row_that_says_so(planted_run):
+    from rayinterp.feature_id import FeatureId
     from rayinterp.grade import grade
     from rayinterp.grade_plan import FeatureWork
     from rayinterp.records import load_records
     from rayinterp.simulate.simulator import CONTROL_NULLS
-    from rayinterp.subject import FeatureId
 
     feature = FeatureId("planted", 0)
     records = load_records(planted_run.tables, feature, ("train", "test"))

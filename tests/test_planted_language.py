@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rayinterp.explanation import Rule
-from rayinterp.planted import WORLDS, OracleSimulator, PlantedSubject, PlantedTokenizer
+from rayinterp.planted import WORLDS, OracleSimulator, PlantedTokenizer
 from rayinterp.planted_language import (
     COVERS,
     FEATURES,
@@ -20,6 +20,7 @@ from rayinterp.planted_language import (
     strength,
     wider,
 )
+from rayinterp.planted_subject import PlantedSubject
 from rayinterp.simulate.simulator import RuleRequest, TokenSequence
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from rayinterp.config import IndexConfig, RecordsConfig, SplitQuota
 from rayinterp.errors import UserError
+from rayinterp.feature_id import FeatureId
 from rayinterp.index import TableVectors, build_index, to_matrix
 from rayinterp.nearest import VectorBlock, exact_search
 from rayinterp.planted import FEATURES, fires
@@ -23,7 +24,6 @@ from rayinterp.sources import (
     nearest_directions,
     query_places,
 )
-from rayinterp.subject import FeatureId
 from rayinterp.tables import Tables
 
 FEATURE = FeatureId("a", 1)

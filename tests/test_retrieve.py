@@ -8,10 +8,10 @@ from sentence_transformers import SentenceTransformer
 
 from rayinterp import embedded
 from rayinterp.errors import UserError
+from rayinterp.feature_id import FeatureId
 from rayinterp.index import check_dimension, to_matrix
 from rayinterp.planted import FEATURES, VOCABULARY, fires
 from rayinterp.retrieve import RULE_NEGATIVE, Retriever, SharedRetriever, SilentRequest
-from rayinterp.subject import FeatureId
 
 
 @pytest.fixture(scope="module")

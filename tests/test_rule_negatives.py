@@ -8,11 +8,11 @@ from sentence_transformers import SentenceTransformer
 
 from rayinterp import embedded
 from rayinterp.explanation import from_json
+from rayinterp.feature_id import FeatureId
 from rayinterp.index import to_matrix
 from rayinterp.planted import FEATURES, VOCABULARY, fires
 from rayinterp.retrieve import RULE_NEGATIVE, Found
 from rayinterp.rule_negatives import load_rule_negatives, some_of_each_arm, union
-from rayinterp.subject import FeatureId
 from tests.conftest import planted_config, run_all
 
 COUNT = 10

@@ -230,8 +230,8 @@ def test_the_mean_interval_does_not_depend_on_the_order_of_features(rng):
 
 def test_evaluate_takes_the_largest_rule(planted_run):
     from rayinterp.explanation import Rule
+    from rayinterp.feature_id import FeatureId
     from rayinterp.records import load_records
-    from rayinterp.subject import FeatureId
 
     records = load_records(planted_run.tables, FeatureId("planted", 2), ("train",))["train"]
     truth = [record.activations for record in records]

@@ -15,8 +15,9 @@ from transformers import (
 )
 
 from rayinterp.errors import UserError
+from rayinterp.feature_id import FeatureId, interleave
 from rayinterp.saes import SaeSource
-from rayinterp.subject import FeatureId, LanguageModelSubject, interleave, pick_device, sparsify
+from rayinterp.subject import LanguageModelSubject, pick_device, sparsify
 
 D_MODEL, D_SAE, LAYERS = 16, 24, 4
 IDS = torch.arange(24).reshape(3, 8) + 1

@@ -20,11 +20,11 @@ from rayinterp.config import LANGUAGE, RunConfig, TreeConfig, arm_id
 from rayinterp.experiments.design import RULE_CAPS, capped_name, template_of
 from rayinterp.explain.rows import arm_ids
 from rayinterp.explanation import from_json
+from rayinterp.feature_id import FeatureId
 from rayinterp.grade_plan import count_rule_negatives, graded_sources, settings_of
 from rayinterp.rating import rater_id
 from rayinterp.report_data import CONTROLS, SCORER, ScoreBook, ScoreKey, score_book
 from rayinterp.score import Interval, mean_interval, share_interval
-from rayinterp.subject import FeatureId
 from rayinterp.tables import Tables, sql_in
 
 Values = Mapping[str, float | None]

@@ -25,7 +25,6 @@ from rayinterp.explain.client import (
     LLMRequest,
     api_key,
     limited,
-    openai_client,
     plain_question,
     price,
     scripted_client,
@@ -36,12 +35,11 @@ from rayinterp.explain.rows import NodeCommitter, arm_ids, explanation_row, why_
 from rayinterp.explain.served import served_client
 from rayinterp.explain.status import Spent
 from rayinterp.explanation import Explanation, claims
-from rayinterp.holistic import read_holistic
-from rayinterp.records import ActivationRecord, load_records
+from rayinterp.feature_id import FeatureId
+from rayinterp.records import ActivationRecord, load_records, read_holistic
 from rayinterp.retrieve import SilentRequest
 from rayinterp.simulate.client import SimulatorClient
 from rayinterp.simulate.simulator import RuleRequest, SimulateAsync
-from rayinterp.subject import FeatureId
 from rayinterp.tables import Tables
 
 RetrieveSilent = Callable[[list[SilentRequest]], Awaitable[list[list[ActivationRecord]]]]
@@ -93,6 +91,8 @@ def _client(name: str, config: RunConfig, key: SecretStr | None) -> Generate:
         return scripted_client(llm)
     if llm.provider == "planted":
         return planted_client(llm.model)
+    from rayinterp.explain.endpoint import openai_client  # the package takes a second, of which others need nothing
+
     assert key is not None, f"no key for {name}"
     actors = config.resources.search.num_actors
     rate = llm.requests_per_minute / actors if llm.requests_per_minute else None

@@ -30,10 +30,10 @@ from rayinterp.explain.explainer import Call, Outcome
 from rayinterp.explain.lexical import lexical_explanation
 from rayinterp.explain.search import Node, SearchSettings, Step, TreeSearch
 from rayinterp.explanation import Explanation, to_json
+from rayinterp.feature_id import FeatureId
 from rayinterp.records import ActivationRecord
 from rayinterp.simulate.simulator import SimulateAsync
 from rayinterp.sources import generator_for
-from rayinterp.subject import FeatureId
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -23,7 +23,7 @@ from rayinterp import embedded
 from rayinterp.config import LLMConfig, ServiceResources
 from rayinterp.explain.client import LLMReply, LLMRequest
 from rayinterp.explanation import rules_schema
-from rayinterp.harvest import torch_threads
+from rayinterp.pools import torch_threads
 from rayinterp.simulate.serve import replica_options, run_app
 from rayinterp.subject import pick_device, pick_dtype
 

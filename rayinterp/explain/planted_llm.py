@@ -19,7 +19,7 @@ import numpy as np
 from rayinterp import planted_language as language
 from rayinterp.explain.client import Generate, LLMReply, LLMRequest
 from rayinterp.explanation import MAX_STRENGTH, Explanation, ParseError, Rule, parse_string, parse_structured, to_json
-from rayinterp.subject import FeatureId
+from rayinterp.feature_id import FeatureId
 
 HEEDED = 0.7
 """Share of revisions that do something about what the feedback says."""

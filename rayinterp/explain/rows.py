@@ -8,8 +8,8 @@ from typing import Any
 from rayinterp.config import OneShotConfig, RunConfig, arm_id, content_of, simulators_of
 from rayinterp.explain.search import Node, TreeSearch
 from rayinterp.explanation import to_json
+from rayinterp.feature_id import FeatureId
 from rayinterp.records import ActivationRecord
-from rayinterp.subject import FeatureId
 
 
 def arm_ids(config: RunConfig, name: str) -> tuple[str, str]:

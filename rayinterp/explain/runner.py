@@ -24,9 +24,9 @@ from rayinterp.explain.actor import Connect, Explained, SearchActor, connect, ll
 from rayinterp.explain.outage import MAX_TRIES, Outage
 from rayinterp.explain.rows import arm_ids, explanation_row
 from rayinterp.explain.status import Account, Status
+from rayinterp.feature_id import FeatureId, interleave
 from rayinterp.progress import Progress, silent
 from rayinterp.retrieve import SharedRetriever
-from rayinterp.subject import FeatureId, interleave
 from rayinterp.tables import Tables, sql_in
 
 MAX_RESTARTS = 100

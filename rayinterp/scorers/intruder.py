@@ -13,12 +13,12 @@ from typing import NamedTuple
 
 from rayinterp.config import IntruderConfig, LLMConfig
 from rayinterp.explain.explainer import Call
+from rayinterp.feature_id import FeatureId
 from rayinterp.prompts import MarkedRecord, intruder_again, intruder_messages
 from rayinterp.records import ActivationRecord
 from rayinterp.scorers.judged import Form, all_or_failure, ask, marked
 from rayinterp.scorers.values import Answers, fires
 from rayinterp.sources import generator_for
-from rayinterp.subject import FeatureId
 
 
 class IntruderQuestion(NamedTuple):

@@ -19,6 +19,7 @@ from rayinterp.config import DetectionConfig, FuzzingConfig, JudgeConfig, LLMCon
 from rayinterp.corpus import stable_hash
 from rayinterp.explain.client import LLMError, LLMRequest, endpoint_of
 from rayinterp.explain.explainer import Call
+from rayinterp.feature_id import FeatureId
 from rayinterp.prompts import (
     MarkedRecord,
     Message,
@@ -30,7 +31,6 @@ from rayinterp.prompts import (
 from rayinterp.records import ActivationRecord, displayed
 from rayinterp.scorers.values import Answers, fires
 from rayinterp.sources import generator_for
-from rayinterp.subject import FeatureId
 
 if TYPE_CHECKING:
     from jaxtyping import Bool

@@ -46,6 +46,7 @@ from rayinterp.explain.client import (
 )
 from rayinterp.explain.outage import MAX_TRIES, Outage
 from rayinterp.explanation import Explanation, wording
+from rayinterp.feature_id import FeatureId
 from rayinterp.grade import replace_scores, some_of_each_source
 from rayinterp.grade_plan import (
     TRIED_AGAIN,
@@ -73,7 +74,6 @@ from rayinterp.scorers.values import Answers, Graded, each_once, rows_of
 from rayinterp.simulate.client import SimulatorClient
 from rayinterp.simulate.simulator import CONTROL_NULLS
 from rayinterp.sources import generator_for
-from rayinterp.subject import FeatureId
 from rayinterp.tables import COMMIT_SECONDS, Tables
 
 MAX_RESTARTS = 100

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from rayinterp.config import IntruderConfig, RunConfig, ScorerConfig
+from rayinterp.feature_id import FeatureId
 from rayinterp.grade_plan import graded_sources, score_row
 from rayinterp.records import ActivationRecord
 from rayinterp.score import WIDE_BELOW, Score, score_all, share_interval
 from rayinterp.sources import generator_for
-from rayinterp.subject import FeatureId
 
 if TYPE_CHECKING:
     from jaxtyping import Bool

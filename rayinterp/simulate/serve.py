@@ -19,14 +19,13 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, cast
 
-import torch
 from pydantic import BaseModel, ConfigDict
 from ray import serve
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from rayinterp.config import LLMSimulatorConfig, load_config
 from rayinterp.errors import EngineError, UserError
-from rayinterp.harvest import torch_threads
+from rayinterp.pools import torch_threads
 from rayinterp.simulate import load_simulator
 
 if TYPE_CHECKING:
@@ -92,9 +91,7 @@ class SimulatorReplica:
         self._is_llm = isinstance(config, LLMSimulatorConfig)
         self._compute = cast("LogProbEngine", engine).log_probs if self._is_llm else engine.simulate
         self._token_losses = getattr(engine, "token_losses", None)
-        # Torch counts threads per calling thread, and Ray's default for a share of a CPU is one.
-        threads = torch_threads(num_replicas)
-        self._thread = ThreadPoolExecutor(1, "simulator", torch.set_num_threads, (threads,))
+        self._thread = ThreadPoolExecutor(1, "simulator", _use_threads, (config.engine, torch_threads(num_replicas)))
         self._waiting: list[_Waiting] = []
         self._worker: asyncio.Task[None] | None = None
         self._num_failures = 0
@@ -194,6 +191,14 @@ class SimulatorReplica:
 
     async def stats(self) -> SimulatorStats:
         return self._stats
+
+
+def _use_threads(engine: str, threads: int) -> None:
+    """Torch counts threads per calling thread, and Ray's default for a share of a CPU is one."""
+    if engine != "oracle":
+        import torch  # an engine's package: only the planted simulator goes without
+
+        torch.set_num_threads(threads)
 
 
 class _Metrics:

@@ -18,13 +18,13 @@ from rayinterp import embedded, planted
 from rayinterp.config import load_config
 from rayinterp.controls import by_sae, shuffled_features
 from rayinterp.explanation import from_json
+from rayinterp.feature_id import FeatureId
 from rayinterp.records import ActivationRecord, load_records
 from rayinterp.run import open_run, run_stage
 from rayinterp.score import Interval, correlation, mean_interval
 from rayinterp.simulate.late_interaction import LateInteractionSimulator
 from rayinterp.simulate.simulator import NULL_EXPLANATIONS, RuleRequest, TokenSequence, calibrated, with_nulls
 from rayinterp.simulate.transformers import TransformersSimulator
-from rayinterp.subject import FeatureId
 from tests.benchmarks.measure import Row
 
 NAME = "calibration"

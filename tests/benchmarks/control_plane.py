@@ -31,9 +31,9 @@ from rayinterp.explain.actor import Services
 from rayinterp.explain.client import LLMReply, LLMRequest
 from rayinterp.explain.runner import run_explain
 from rayinterp.explanation import Rule
+from rayinterp.feature_id import FeatureId
 from rayinterp.planted import FEATURES, RULES, SAE, VOCABULARY, documents, fires
 from rayinterp.simulate.simulator import RuleRequest
-from rayinterp.subject import FeatureId
 from rayinterp.tables import SCHEMAS, Committer, Tables
 from tests.benchmarks.measure import Row
 

@@ -20,11 +20,11 @@ from rayinterp.explain.feature import Arm, Propose, Search, prepare_search, sear
 from rayinterp.explain.planted_llm import Firing, Guesser
 from rayinterp.explain.search import Node, TreeSearch
 from rayinterp.explanation import Explanation
+from rayinterp.feature_id import FeatureId
 from rayinterp.planted_language import DISTANCE, KINDS, strength
 from rayinterp.records import ActivationRecord
 from rayinterp.score import correlation, evaluate, false_positives_per_sequence, mean_interval
 from rayinterp.simulate.simulator import SimulateAsync, rules_to_requests
-from rayinterp.subject import FeatureId
 from tests.benchmarks import _planted_language as language
 from tests.benchmarks.measure import Row
 

@@ -18,10 +18,10 @@ from rayinterp.config import RunConfig
 from rayinterp.explain.actor import Services
 from rayinterp.explain.client import LLMReply, LLMRequest
 from rayinterp.explain.runner import run_explain
+from rayinterp.feature_id import FeatureId
 from rayinterp.planted import FEATURES, RULES, OracleSimulator
 from rayinterp.run import start_committer
 from rayinterp.simulate.simulator import RuleRequest
-from rayinterp.subject import FeatureId
 from rayinterp.tables import Tables
 from tests.conftest import planted_config
 from tests.run_planted import start_cluster

@@ -8,18 +8,8 @@ from pydantic import SecretStr
 
 from rayinterp.config import LLMConfig
 from rayinterp.errors import UserError
-from rayinterp.explain.client import (
-    Ledger,
-    LLMError,
-    LLMReply,
-    LLMRequest,
-    api_key,
-    endpoint_of,
-    estimated,
-    openai_client,
-    plain_question,
-    price,
-)
+from rayinterp.explain.client import Ledger, LLMError, LLMReply, LLMRequest, api_key, endpoint_of, plain_question, price
+from rayinterp.explain.endpoint import estimated, openai_client
 
 REQUEST = LLMRequest("e", "m", ({"role": "user", "content": "hello"},), 0.7, 16, 1)
 SECRET = "sk-very-secret"

@@ -11,16 +11,8 @@ import pytest
 from pydantic import SecretStr
 
 from rayinterp.config import LLMConfig, OneShotConfig
-from rayinterp.explain.client import (
-    MAX_ANSWER_CHARACTERS,
-    MAX_QUOTED_CHARACTERS,
-    Ledger,
-    LLMError,
-    LLMRequest,
-    limited,
-    openai_client,
-    read_body,
-)
+from rayinterp.explain.client import Ledger, LLMError, LLMRequest, limited
+from rayinterp.explain.endpoint import MAX_ANSWER_CHARACTERS, MAX_QUOTED_CHARACTERS, openai_client, read_body
 from rayinterp.explain.explainer import ask
 from rayinterp.explanation import Rule, parse_structured
 from tests.explain.faulty_endpoint import FAULTS, WRONG_SHAPES, completion, faulty_endpoint
@@ -104,7 +96,7 @@ async def test_an_empty_or_huge_answer_is_a_reply_whose_text_is_kept_within_boun
 
 
 async def test_a_body_that_never_ends_is_given_up(monkeypatch):
-    monkeypatch.setattr("rayinterp.explain.client.LONGEST_PAUSE_SECONDS", 0)
+    monkeypatch.setattr("rayinterp.explain.endpoint.LONGEST_PAUSE_SECONDS", 0)
     with faulty_endpoint(1, 1.0, ANSWER, ("dribble",)) as url, pytest.raises(LLMError, match="no answer in") as error:
         await openai_client(config_of(url, timeout_seconds=0.3, max_retries=0), KEY)(REQUEST, "a/1")
     assert error.value.transient and error.value.__context__ is None

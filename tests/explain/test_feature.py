@@ -8,7 +8,7 @@ from rayinterp.explain.explainer import Outcome
 from rayinterp.explain.feature import Search, prepare_search, search_feature, settings_of
 from rayinterp.explain.rows import explanation_row
 from rayinterp.explanation import Rule
-from rayinterp.subject import FeatureId
+from rayinterp.feature_id import FeatureId
 from tests.explain.records import few_records, record
 
 FEATURE = FeatureId("a", 0)

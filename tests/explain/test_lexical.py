@@ -57,9 +57,9 @@ def test_silence_has_no_explanation():
 
 @pytest.mark.parametrize("feature", [0, 2])
 def test_planted_word_lists_are_found(planted_run, feature):
+    from rayinterp.feature_id import FeatureId
     from rayinterp.planted import GROUPS
     from rayinterp.records import load_records
-    from rayinterp.subject import FeatureId
 
     records = load_records(planted_run.tables, FeatureId("planted", feature), ("train",))["train"]
     words = {0: GROUPS["sea"], 2: GROUPS["strings"] + GROUPS["citrus"]}[feature]
@@ -70,9 +70,9 @@ def test_planted_word_lists_are_found(planted_run, feature):
 
 
 def test_a_planted_context_is_found(planted_run):
+    from rayinterp.feature_id import FeatureId
     from rayinterp.planted import GROUPS
     from rayinterp.records import load_records
-    from rayinterp.subject import FeatureId
 
     records = load_records(planted_run.tables, FeatureId("planted", 1), ("train",))["train"]
     said = lexical_explanation(records, 5)[0].activates_on

@@ -15,7 +15,8 @@ from transformers.utils.import_utils import is_serve_available
 
 from rayinterp import embedded
 from rayinterp.config import LLMConfig, OneShotConfig
-from rayinterp.explain.client import Ledger, limited, openai_client
+from rayinterp.explain.client import Ledger, limited
+from rayinterp.explain.endpoint import openai_client
 from rayinterp.explain.explainer import ask
 from rayinterp.explanation import parse_structured
 from rayinterp.prompts import MarkedRecord, answer_form, explainer_messages

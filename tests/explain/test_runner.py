@@ -16,9 +16,9 @@ from rayinterp.explain.runner import arms_left, features_with_llm, live_features
 from rayinterp.explain.search import Node, SearchSettings, TreeSearch
 from rayinterp.explain.status import Account, Spent, Status
 from rayinterp.explanation import Rule
+from rayinterp.feature_id import FeatureId
 from rayinterp.planted import FEATURES, OracleSimulator
 from rayinterp.prompts import PLAIN_QUESTION
-from rayinterp.subject import FeatureId
 from rayinterp.tables import Committer, Tables
 from tests.conftest import copy_upstream, planted_config
 from tests.explain.faulty_endpoint import faulty_endpoint

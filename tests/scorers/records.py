@@ -2,9 +2,9 @@
 
 import numpy as np
 
+from rayinterp.feature_id import FeatureId
 from rayinterp.records import ActivationRecord
 from rayinterp.simulate.simulator import TokenSequence
-from rayinterp.subject import FeatureId
 
 FEATURE = FeatureId("planted", 0)
 

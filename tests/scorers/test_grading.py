@@ -8,13 +8,13 @@ import ray
 
 from rayinterp.errors import EngineError
 from rayinterp.explain.rows import arm_ids
+from rayinterp.feature_id import FeatureId
 from rayinterp.grade import Graded, run_score, some_of_each_source
 from rayinterp.grade_plan import FeatureWork, ScorePlan, score_row
 from rayinterp.records import load_records
 from rayinterp.run import open_run, run_stage
 from rayinterp.simulate.simulator import CONTROL_NULLS
 from rayinterp.sources import spread
-from rayinterp.subject import FeatureId
 from rayinterp.tables import Committer, Tables
 from tests.conftest import copy_upstream, planted_config
 from tests.simulate.tiny_simulators import save_model

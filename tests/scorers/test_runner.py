@@ -13,12 +13,12 @@ from rayinterp.config import scorer_id
 from rayinterp.explain.client import LLMError, LLMReply
 from rayinterp.explain.rows import arm_ids
 from rayinterp.explanation import Rule, to_json, wording
+from rayinterp.feature_id import FeatureId
 from rayinterp.planted import RULES, fires
 from rayinterp.prompts import PLAIN_QUESTION
 from rayinterp.scorers.runner import Services, plan_scorers, run_scorers, texts_of
 from rayinterp.scorers.values import Graded
 from rayinterp.simulate.simulator import CONTROL_NULLS
-from rayinterp.subject import FeatureId
 from rayinterp.tables import Committer, Tables
 from tests.conftest import copy_upstream, planted_config
 from tests.tables_equal import assert_tables_equal

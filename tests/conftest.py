@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import ray
-import torch
-from sae_lens import StandardSAE, StandardSAEConfig
-from sae_lens.saes.sae import SAEMetadata
-from transformers import AutoConfig
 
 from rayinterp.config import RunConfig, load_config
 from rayinterp.run import STAGES, Run, open_run, run_stage
-from rayinterp.saes import SaeSource
-from rayinterp.subject import LanguageModelSubject
 from rayinterp.tables import SCHEMAS, Tables
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -64,32 +57,6 @@ def run_all(config: RunConfig, stages: Sequence[str] = STAGES) -> Run:
     for stage in stages:
         run_stage(run, stage)
     return run
-
-
-@pytest.fixture
-def make_subject(tmp_path: Path) -> Callable[..., LanguageModelSubject]:
-    """Builds a subject from a model folder and a small random SAE that reads one hook point, without BOS."""
-
-    def make(folder: Path | str, hook_name: str, d_sae: int = 24, **metadata: Any) -> LanguageModelSubject:
-        config = AutoConfig.from_pretrained(folder)
-        d_in = width_of(hook_name, config.get_text_config())
-        torch.manual_seed(1)
-        cfg = StandardSAEConfig(d_in=d_in, d_sae=d_sae, metadata=SAEMetadata(hook_name=hook_name, prepend_bos=False))
-        path = tmp_path / f"sae-{len(list(tmp_path.iterdir()))}"
-        sae = StandardSAE(cfg)
-        for key, value in metadata.items():
-            sae.cfg.metadata[key] = value
-        sae.save_model(path)
-        return LanguageModelSubject(str(folder), [SaeSource("a", None, str(path))], {"a": list(range(d_sae))})
-
-    return make
-
-
-def width_of(hook_name: str, config: Any) -> int:
-    """Width of a hook point of a small model."""
-    if hook_name.endswith("hook_z"):
-        return config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // 4)
-    return config.hidden_size
 
 
 UPSTREAM_TABLES = (

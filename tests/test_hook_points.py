@@ -1,12 +1,18 @@
 """What an SAE reads here is what it reads in sae-lens: the same weights in transformers and in TransformerLens."""
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
-from sae_lens import HookedSAETransformer
+from sae_lens import HookedSAETransformer, StandardSAE, StandardSAEConfig
+from sae_lens.saes.sae import SAEMetadata
 from transformer_lens.config.hooked_transformer_config import HookedTransformerConfig
 from transformer_lens.loading_from_pretrained import convert_hf_model_config
 from transformer_lens.pretrained import weight_conversions
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
@@ -20,6 +26,7 @@ from transformers import (
 
 from rayinterp.errors import UserError
 from rayinterp.hook_points import NAMES, HookPoint, check_module, parse_hook_point
+from rayinterp.saes import SaeSource
 from rayinterp.subject import LanguageModelSubject
 
 NUM_LAYERS, LAYER = 3, 1
@@ -53,6 +60,32 @@ CONVERSIONS = {
     "gemma2": weight_conversions.convert_gemma_weights,
     "gemma3": weight_conversions.convert_gemma_weights,
 }
+
+
+@pytest.fixture
+def make_subject(tmp_path: Path) -> Callable[..., LanguageModelSubject]:
+    """Builds a subject from a model folder and a small random SAE that reads one hook point, without BOS."""
+
+    def make(folder: Path | str, hook_name: str, d_sae: int = 24, **metadata: Any) -> LanguageModelSubject:
+        config = AutoConfig.from_pretrained(folder)
+        d_in = width_of(hook_name, config.get_text_config())
+        torch.manual_seed(1)
+        cfg = StandardSAEConfig(d_in=d_in, d_sae=d_sae, metadata=SAEMetadata(hook_name=hook_name, prepend_bos=False))
+        path = tmp_path / f"sae-{len(list(tmp_path.iterdir()))}"
+        sae = StandardSAE(cfg)
+        for key, value in metadata.items():
+            sae.cfg.metadata[key] = value
+        sae.save_model(path)
+        return LanguageModelSubject(str(folder), [SaeSource("a", None, str(path))], {"a": list(range(d_sae))})
+
+    return make
+
+
+def width_of(hook_name: str, config: Any) -> int:
+    """Width of a hook point of a small model."""
+    if hook_name.endswith("hook_z"):
+        return config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // 4)
+    return config.hidden_size
 
 
 def random_model(family):

@@ -59,7 +59,8 @@ from rayinterp.rating import run_complexity, unrated
 from rayinterp.records import run_records
 from rayinterp.report import write_report
 from rayinterp.rule_negatives import add_rule_negatives
-from rayinterp.scorers.runner import plan_scorers, run_scorers
+from rayinterp.scorers.plan import plan_scorers
+from rayinterp.scorers.runner import run_scorers
 from rayinterp.simulate.serve import deploy_simulator
 from rayinterp.sizes import measure
 from rayinterp.tables import Committer, Tables

@@ -67,7 +67,7 @@ def test_lance_and_ray_stay_in_their_rooms():
         "progress", "pools", "tables", "corpus", "harvest", "index", "records", "holistic", "rule_negatives",
         "grade", "run", "tune", "simulate.serve", "simulate.client", "explain.runner", "explain.actor",
         "explain.local", "explain.served",
-        "explain.status", "scorers.runner", "submit",
+        "explain.status", "scorers.actor", "scorers.runner", "submit",
     }  # fmt: skip
     for name, tree in modules():
         top = {imported.split(".")[0] for imported in imports(tree)}
@@ -102,7 +102,7 @@ for name in {names!r}:
 
 def test_workers_without_a_model_wait_for_none():
     heavy = {"torch", "transformers", "openai", "ray.data", "lancedb", "lance_ray", "sentence_transformers", "sae_lens"}
-    rooms = ["corpus", "records", "explain.actor", "explain.rows", "grade", "rule_negatives", "scorers.runner"]
+    rooms = ["corpus", "records", "explain.actor", "explain.rows", "grade", "rule_negatives", "scorers.actor"]
     for room in rooms:
         code = f"import rayinterp.{room}, sys; print(*{heavy!r} & set(sys.modules))"
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

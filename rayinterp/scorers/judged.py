@@ -20,14 +20,7 @@ from rayinterp.corpus import stable_hash
 from rayinterp.explain.client import LLMError, LLMRequest, endpoint_of
 from rayinterp.explain.explainer import Call
 from rayinterp.feature_id import FeatureId
-from rayinterp.prompts import (
-    MarkedRecord,
-    Message,
-    asked_again,
-    detection_messages,
-    fuzzing_messages,
-    verdicts_again,
-)
+from rayinterp.prompts import MarkedRecord, Message, asked_again, detection_messages, fuzzing_messages, verdicts_again
 from rayinterp.records import ActivationRecord, displayed
 from rayinterp.scorers.values import Answers, fires
 from rayinterp.sources import generator_for

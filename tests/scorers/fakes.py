@@ -9,7 +9,7 @@ from rayinterp.explain.client import LLMError, LLMReply
 from rayinterp.explanation import Rule
 from rayinterp.planted import RULES, fires
 from rayinterp.prompts import PLAIN_QUESTION
-from rayinterp.scorers.runner import Services
+from rayinterp.scorers.actor import Services
 
 
 def strongest(description: str, text: str) -> float:

@@ -11,7 +11,8 @@ from rayinterp.config import scorer_id
 from rayinterp.explain.rows import arm_ids
 from rayinterp.explanation import Rule, to_json, wording
 from rayinterp.feature_id import FeatureId
-from rayinterp.scorers.runner import plan_scorers, run_scorers, texts_of
+from rayinterp.scorers.plan import plan_scorers, texts_of
+from rayinterp.scorers.runner import run_scorers
 from rayinterp.scorers.values import Graded
 from rayinterp.simulate.simulator import CONTROL_NULLS
 from rayinterp.tables import Committer, Tables
@@ -218,7 +219,7 @@ def test_a_cap_takes_records_of_all_ranks(copied, tmp_path):
 
 
 def test_embedding_is_the_cosine_of_the_index(copied, tmp_path):
-    from rayinterp.scorers.runner import connect
+    from rayinterp.scorers.actor import connect
 
     _, tables, config = score(copied, connect, *EMBEDDING)
     found = values(tables, config, "embedding", "random_negative", explainer="right")

@@ -1,13 +1,20 @@
 """Services of a search actor that a test decides on. Actors load this module: it asks for none that is slow to load."""
 
 import asyncio
+import json
+import os
+import random
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
+from rayinterp.config import RunConfig
 from rayinterp.explain.actor import Services, make_client
-from rayinterp.explain.client import LLMError, LLMReply
+from rayinterp.explain.client import LLMError, LLMReply, LLMRequest
 from rayinterp.feature_id import FeatureId
-from rayinterp.planted import FEATURES, OracleSimulator
+from rayinterp.planted import FEATURES, RULES, OracleSimulator
 from rayinterp.prompts import PLAIN_QUESTION
+from rayinterp.simulate.simulator import RuleRequest
 
 
 class Fakes:
@@ -58,3 +65,31 @@ class RealEndpoints(Fakes):
     def __call__(self, config, tables, committer, keys, retriever):
         services = super().__call__(config, tables, committer, keys, retriever)
         return services._replace(llms={name: make_client(name, config, keys[name]) for name in keys})
+
+
+class Billed:
+    """Picklable: services whose LLM takes its time, answers the same to the same, and writes down what it answered."""
+
+    def __init__(self, log: Path) -> None:
+        self.log = log
+
+    def __call__(self, config: RunConfig, *others: Any) -> Services:
+        oracle = OracleSimulator()
+
+        async def simulate(requests: list[RuleRequest]) -> list[list[Any]]:
+            return oracle.simulate(requests)
+
+        async def generate(request: LLMRequest, feature_key: str) -> LLMReply:
+            rng = random.Random(request.hash)
+            await asyncio.sleep(rng.uniform(0.2, 0.6))
+            truth = [rule.activates_on for rule in FEATURES[FeatureId.parse(feature_key).index].truth]
+            others = [rule for rule in list(RULES)[:4] if rule not in truth]
+            said = [*truth, *rng.sample(others, 2)]  # never quite right, or the search would be over
+            rules = [{"activates_on": rule, "strength": rng.randint(1, 5)} for rule in said]
+            with self.log.open("a") as file:
+                file.write(request.hash + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            return LLMReply(json.dumps(rules), "stop", 10, 10)
+
+        return Services({"oracle": lambda: simulate}, dict.fromkeys(config.llms, generate), None)

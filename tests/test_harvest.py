@@ -89,7 +89,7 @@ def test_the_first_shard_settles_the_precision_of_all():
 def test_a_shard_of_another_precision_ends_the_harvest(tmp_path, ray_session, monkeypatch):
     import ray.data
 
-    results = [{"unit": n, "fragments": ["{}"], "num_tokens": 1, "dtype": d} for n, d in enumerate(["a", "b"])]
+    results = [{"unit": n, "fragments": [], "num_tokens": 1, "dtype": d} for n, d in enumerate(["a", "b"])]
     monkeypatch.setattr("rayinterp.harvest.map_units", lambda *given: ray.data.from_items(results))
     with pytest.raises(UserError, match=r"begun in a, .* give b"):
         _harvest_shards(planted_config(tmp_path), Tables(str(tmp_path)), [], {}, [0, 1], 2, silent)

@@ -2,12 +2,14 @@
 
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,6 +32,8 @@ ROOT = CONFIGS.parent
 BIN = Path(sys.executable).parent
 MADE_AGAIN = ("activations", "saes", "features", "records", "record_counts", "holistic")
 """By the job; the corpus and its embeddings are there."""
+NEVER_SEARCHES = "resources.search.num_cpus=2"
+"""More than the head has beside a simulator: the job is at work until it is stopped."""
 
 
 @pytest.fixture(scope="module")
@@ -43,20 +47,28 @@ def head_folder():
 @pytest.fixture(scope="module")
 def head(ray_session, head_folder):
     """The address of a job server, of a Ray beside the tests' own: its agent needs another port."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [str(BIN / "ray"), "start", "--head", "--block", "--port=0", "--num-cpus=2"]
     command += [f"--dashboard-port={port}", "--dashboard-agent-listen-port=0"]
     path = os.pathsep.join([str(BIN), os.environ["PATH"]])  # a job's `python` is the first on the head's path
     # As in cluster/: what a job that is stopped has, to take its services down.
     environment = os.environ | {"PATH": path, "RAY_TMPDIR": head_folder, "RAY_JOB_STOP_WAIT_TIME_S": "60"}
+    environment["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "0"  # at its end nobody is at work
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     address = f"http://127.0.0.1:{port}"
     wait_until(lambda: answers(address), process)
     yield address
     process.terminate()
     process.communicate(timeout=60)
+
+
+def free_port():
+    """One that no system gives to connections meanwhile, nor Ray to its workers."""
+    while True:
+        port = random.randrange(20_000, 30_000)
+        with socket.socket() as free, suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 def answers(address):
@@ -74,7 +86,7 @@ def submit(head, run_dir, *arguments):
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def wait_until(holds, process, seconds=240):
+def wait_until(holds, process, seconds=600):
     deadline = time.monotonic() + seconds
     while not holds():
         assert process.poll() is None, process.communicate()
@@ -87,20 +99,20 @@ def test_a_job_that_is_stopped_goes_on_where_it_stopped(head, planted_run, tmp_p
     client, tables = JobSubmissionClient(head), Tables(str(folder))
     for name in MADE_AGAIN:
         tables.drop(name)
-    first = submit(head, folder)
+    first = submit(head, folder, NEVER_SEARCHES)
     wait_until(lambda: tables.count("activations", "feature = -1") > 0, first)
     (job,) = [job for job in client.list_jobs() if job.metadata.get("run_dir") == str(folder)]
     assert job.metadata["run"] == "planted" and job.entrypoint.startswith("python jobs/run.py configs/planted.yaml")
     second = submit(head, folder)
-    assert second.wait(timeout=120) == 2
+    assert second.wait(timeout=600) == 2
     assert f"job {job.submission_id} is at work on run_dir" in second.stderr.read()
     client.stop_job(job.submission_id)
-    assert first.wait(timeout=120) == 2
+    assert first.wait(timeout=600) == 2
     assert "ended as STOPPED" in first.stderr.read()
     before = tables.version("sequences")
 
     again = submit(head, folder)
-    shown, said = again.communicate(timeout=400)
+    shown, said = again.communicate(timeout=6000)
     assert again.returncode == 0, said
     assert "report  done in" in shown and "report.html" in shown
     assert tables.version("sequences") == before
@@ -116,7 +128,7 @@ def gpus_asked_for(tmp_path, **environment):
     )
     kept = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     return subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=kept | environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code], cwd=ROOT, env=kept | environment, capture_output=True, text=True, timeout=600
     )
 
 
@@ -136,12 +148,11 @@ def statuses(services):
 def test_a_job_that_is_stopped_takes_its_services_along(head, planted_run, tmp_path):
     folder = copy_upstream(planted_run, tmp_path / "run")
     client, services = JobSubmissionClient(head), ServeSubmissionClient(head)
-    process = submit(head, folder, "--stage", "explain")
-    # Its actors have yet to start when its services run; its first rows may be all it has, and the stage at its end.
+    process = submit(head, folder, NEVER_SEARCHES, "--stage", "explain")
     wait_until(lambda: "RUNNING" in statuses(services), process)
     (job,) = [job for job in client.list_jobs() if job.metadata.get("run_dir") == str(folder)]
     client.stop_job(job.submission_id)
-    assert process.wait(timeout=120) == 2
+    assert process.wait(timeout=600) == 2
     deadline = time.monotonic() + 60
     while statuses(services):
         assert time.monotonic() < deadline
@@ -150,7 +161,7 @@ def test_a_job_that_is_stopped_takes_its_services_along(head, planted_run, tmp_p
 
 def test_a_job_that_fails_says_what_its_log_says(head, tmp_path):
     failed = submit(head, tmp_path, "--stage", "score")
-    shown, said = failed.communicate(timeout=120)
+    shown, said = failed.communicate(timeout=600)
     assert failed.returncode == 2
     assert "stage score reads the table explanations" in shown
     assert "ended as FAILED" in said and "Traceback" not in said
@@ -159,7 +170,7 @@ def test_a_job_that_fails_says_what_its_log_says(head, tmp_path):
 def test_nobody_at_the_address_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "auto")  # which Ray's client would take over the address that it is given
     refused = submit("http://127.0.0.1:9", tmp_path)
-    _, said = refused.communicate(timeout=120)
+    _, said = refused.communicate(timeout=600)
     assert refused.returncode == 2
     assert "no job server answers at 'http://127.0.0.1:9'" in said and "Traceback" not in said
 
@@ -169,7 +180,7 @@ def test_a_server_that_asks_for_a_token(head, tmp_path, monkeypatch):
         pytest.skip("this Ray asks for no token")
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     refused = submit(head, tmp_path)
-    _, said = refused.communicate(timeout=120)
+    _, said = refused.communicate(timeout=600)
     assert refused.returncode == 2
     assert "asks for a token: set RAY_AUTH_MODE=token" in said and "Traceback" not in said
 

@@ -132,7 +132,8 @@ def test_a_row_that_does_not_pass_the_check_is_not_committed(tmp_path, ray_sessi
     assert 1 not in tables.finished_units("embeddings")
 
 
-def test_a_unit_that_comes_twice_is_committed_once(tmp_path):
+def test_a_unit_that_comes_twice_is_committed_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("rayinterp.tables.COMMIT_SECONDS", 60.0)
     tables = Tables(str(tmp_path))
     tables.create_empty("embeddings")
 

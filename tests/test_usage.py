@@ -11,7 +11,7 @@ from rayinterp.config import BudgetConfig, PoolResources, arm_id, differing_fiel
 from rayinterp.errors import UserError
 from rayinterp.explain.runner import dollars_spent
 from rayinterp.run import absolute, freeze, open_run, run_stage, service_gpus
-from rayinterp.tables import Tables
+from rayinterp.tables import FragmentCommitter, Tables
 from rayinterp.usage import LOCK, Meter, Spent, exceeded, read_manifest, update_manifest, usage_of
 from tests.conftest import CONFIGS, planted_config
 
@@ -205,7 +205,13 @@ def test_a_run_whose_budget_is_spent_stops_and_goes_on_when_it_is_raised(tmp_pat
         run_stage(open_run(stingy), "harvest")
     before = spent_by(tmp_path / "run", "harvest")
     tables, looks = Tables(absolute(spent.run_dir)), iter([None, "spent", "spent"])
+
+    class AtOnce(FragmentCommitter):
+        def add(self, unit, fragments):
+            return self.flush({unit: fragments})
+
     with monkeypatch.context() as patch:
+        patch.setattr("rayinterp.tables.FragmentCommitter", AtOnce)
         patch.setattr(Meter, "over_budget", lambda meter, usd: next(looks))
         with pytest.raises(UserError, match=r"harvest stopped at \d of 4: spent"):
             run_stage(open_run(spent), "harvest")

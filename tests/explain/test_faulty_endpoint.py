@@ -29,7 +29,7 @@ def no_pauses(monkeypatch):
 
 
 def config_of(url, **values):
-    return LLMConfig(provider="openai", model="m", base_url=url, **{"timeout_seconds": 0.5, "max_retries": 2, **values})
+    return LLMConfig(provider="openai", model="m", base_url=url, **{"timeout_seconds": 30, "max_retries": 2, **values})
 
 
 async def outcomes_of(url, count, config, arm):
@@ -38,7 +38,7 @@ async def outcomes_of(url, count, config, arm):
     async def write(row):
         rows.append(row)
 
-    ledger = Ledger(limited(openai_client(config, KEY), 16), config, [], write)
+    ledger = Ledger(limited(openai_client(config, KEY), 4), config, [], write)
     messages = [{"role": "user", "content": "?"}]
     asked = [ask(ledger, config, messages, arm, str(i), f"a/{i}") for i in range(count)]
     return await asyncio.gather(*asked), rows
@@ -49,7 +49,7 @@ async def test_nothing_is_an_explanation_that_was_not_parsed(max_retries):
     arm = OneShotConfig(llm="l", simulator="s", max_parse_retries=1)
     seen = []
     with faulty_endpoint(1, 0.3, ANSWER, seen=seen) as url:
-        outcomes, rows = await outcomes_of(url, 250, config_of(url, max_retries=max_retries), arm)
+        outcomes, rows = await outcomes_of(url, 250, config_of(url, timeout_seconds=0.5, max_retries=max_retries), arm)
     assert set(FAULTS) <= {fault for fault, _ in seen}
     statuses = Counter(outcome.status for outcome in outcomes)
     assert set(statuses) <= {"ok", "parse_error", "cut_off", "llm_error"}
@@ -82,7 +82,7 @@ async def test_each_fault_is_named_and_transient(fault, says):
     retried = fault not in ("malformed", "truncated", "wrong_shape")
     seen = []
     with faulty_endpoint(1, 1.0, ANSWER, (fault,), seen=seen) as url, pytest.raises(LLMError, match=says) as error:
-        await openai_client(config_of(url), KEY)(REQUEST, "a/1")
+        await openai_client(config_of(url, timeout_seconds=0.5 if fault == "hang" else 30), KEY)(REQUEST, "a/1")
     assert error.value.transient
     assert len(seen) == (3 if retried else 1)
 

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -44,7 +45,11 @@ def wait_for(log: Path, num_answers: int, alive=lambda: True) -> None:
 
 def search_actor(driver: psutil.Process) -> psutil.Process:
     """Of this driver: tests beside it have actors of the same name."""
-    return next(p for p in driver.children(recursive=True) if " ".join(p.cmdline()).startswith("ray::SearchActor"))
+    for process in driver.children(recursive=True):
+        with suppress(psutil.Error):  # it may have ended meanwhile
+            if " ".join(process.cmdline()).startswith("ray::SearchActor"):
+                return process
+    raise LookupError("no search actor")
 
 
 def paid_again(log: Path, kills: list[Kill]) -> int:

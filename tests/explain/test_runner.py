@@ -214,8 +214,16 @@ def test_an_outage_is_waited_out_and_leaves_no_trace(copied, monkeypatch, max_fa
 
 
 def test_a_budget_ends_searches_with_what_they_have_and_more_of_it_goes_on(copied):
+    told = copied.parent / "told"
+
     def limit(usd):
-        return lambda spent: f"budget.max_usd is {usd}" if spent >= usd else None
+        def over_budget(spent):
+            if spent < usd:
+                return None
+            told.touch()
+            return f"budget.max_usd is {usd}"
+
+        return over_budget
 
     class Slow(Fakes):
         """Each answer is a little better than the one before it, so that a search would go on."""
@@ -225,6 +233,8 @@ def test_a_budget_ends_searches_with_what_they_have_and_more_of_it_goes_on(copie
 
             async def generate(request, feature_key):
                 calls[feature_key] += 1
+                while calls[feature_key] > 2 and not told.exists():  # the account is looked at now and then
+                    await asyncio.sleep(0.05)
                 await asyncio.sleep(1.0)
                 truth = FEATURES[FeatureId.parse(feature_key).index].truth[0].activates_on
                 wrong = "citrus fruits" if feature_key == "planted/0" else "words about ships and the sea"

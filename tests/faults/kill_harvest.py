@@ -5,7 +5,9 @@ import logging
 import os
 import signal
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import ray
@@ -35,6 +37,20 @@ def is_ours(process: psutil.Process) -> bool:
     return any(session in " ".join(parent.cmdline()) for parent in process.parents())
 
 
+def harvest_slowly() -> None:
+    """In every worker: the last shards come seconds after the first, and the pool is there to be struck."""
+    dawdle()
+    import rayinterp.tables as tables
+
+    write = tables.Tables.write_fragments
+
+    def slow(self: tables.Tables, *arguments: Any) -> list[str]:
+        time.sleep(2)
+        return write(self, *arguments)
+
+    tables.Tables.write_fragments = slow
+
+
 if __name__ == "__main__":
     from rayinterp.run import open_run, run_stage
     from tests.conftest import planted_config
@@ -45,7 +61,7 @@ if __name__ == "__main__":
         address=cluster.address,
         log_to_driver=False,
         logging_level=logging.WARNING,
-        runtime_env={"worker_process_setup_hook": dawdle},
+        runtime_env={"worker_process_setup_hook": harvest_slowly},
     )
     dawdle()
     faults = {

@@ -314,7 +314,8 @@ async def test_a_simulator_of_a_serve_config_is_found_by_every_run_and_outlives_
         assert own in serve.status().applications
         stop_services(config)
         assert serve.status().applications[app].last_deployed_time_s == deployed_at
-        assert serve.status().applications.get(own) is None or serve.status().applications[own].status == "DELETING"
+        ended = serve.status().applications.get(own)
+        assert ended is None or ended.status == "DELETING"
     serve.delete(app)
 
 

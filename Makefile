@@ -41,7 +41,7 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
 
-# Kills drivers, nodes and actors, fills disks, and takes endpoints away: about half an hour.
+# Kills drivers, nodes and actors, fills disks, and takes endpoints away: about an hour.
 test-faults: $(INSTALLED)
 	$(BIN)/python -m pytest -m faults
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -22,9 +22,6 @@ from rayinterp.pools import map_units, torch_threads
 from rayinterp.progress import Progress, Throughput, silent
 from rayinterp.saes import SaeSource
 from rayinterp.tables import SCHEMAS, Tables, sql_in
-
-if TYPE_CHECKING:
-    pass
 
 CHUNK = 32
 """Sequences computed together: the unit of work and of resumption."""

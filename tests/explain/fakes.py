@@ -18,15 +18,15 @@ from rayinterp.simulate.simulator import RuleRequest
 
 
 class Fakes:
-    """Picklable: makes services whose LLM fails, waits and answers as it is told.
+    """Picklable: makes services whose LLM fails and answers as it is told.
 
     Args:
         fails: Calls that fail, by feature.
         poisoned: Of these the first, since it is the feature's prompts that are not answered; at the others it is down.
     """
 
-    def __init__(self, fails=(), answer_seconds=0.0, transient=True, bill=None, poisoned=0):
-        self.fails, self.answer_seconds, self.transient = Counter(dict(fails)), answer_seconds, transient
+    def __init__(self, fails=(), transient=True, bill=None, poisoned=0):
+        self.fails, self.transient = Counter(dict(fails)), transient
         self.failed, self.poisoned = Counter(), poisoned
         self.bill = bill
         """A file with a line for each call that was answered."""
@@ -38,7 +38,7 @@ class Fakes:
             return [oracle.simulate([request])[0] for request in requests]
 
         async def generate(request, feature_key):
-            await asyncio.sleep(self.answer_seconds)
+            await asyncio.sleep(0)
             num_failed, plain = self.failed[feature_key], request.messages == (PLAIN_QUESTION,)
             if plain and num_failed <= self.poisoned:
                 return LLMReply("Yes", "stop", 10, 1)
